@@ -1,0 +1,12 @@
+"""psann_kernels: operations that any model can use, each with a plain-torch definition and faster implementations.
+
+Every op takes `backend="auto" | "triton" | "native" | "torch"`; `explain("damped_sine", *args)` says which would serve.
+"""
+
+from . import damped_sine as _damped_sine
+from .damped_sine import damped_sine
+from .registry import BACKENDS, OPS, BackendError, attach, explain
+
+attach(__name__, "triton", "triton", {"damped_sine_triton": _damped_sine.OP})
+
+__all__ = ["BACKENDS", "OPS", "BackendError", "damped_sine", "explain"]

@@ -1,0 +1,39 @@
+"""Defines torch.library ops: what makes a fast implementation traceable by torch.compile and testable by opcheck.
+
+The namespace comes from this package's own import name, because Hugging Face's loader imports a second copy of the
+package into the same process, and one name cannot be defined twice. `Library.define` and `impl` cost about 4 us a call
+where `custom_op` costs 9.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import torch
+
+NAMESPACE = (__package__ or "psann_kernels").replace(".", "_")
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def define(
+    schema: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+) -> Callable[..., Any]:
+    """Define one op and return the callable.
+
+    schema         as torch.library takes it, without the namespace: "damped_sine_triton(Tensor z, ...) -> Tensor"
+    function       runs it, on every device; must not be differentiable by itself
+    fake           gives outputs of the right shape, dtype, device and stride without reading data
+    backward       backward(ctx, *grads) -> a gradient or None for each input; itself made of ops, so that it traces too
+    setup_context  setup_context(ctx, inputs, output) keeps what backward needs
+    """
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
