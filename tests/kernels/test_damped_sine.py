@@ -71,8 +71,9 @@ def test_memory_layout_does_not_matter(backend):
     for name, z_copy in strided_copies(z).items():
         for dy_copy in strided_copies(dy).values():
             got = run(lambda *a: damped_sine(*a, backend=backend), z_copy, *parameters, dy=dy_copy)
+            # Not bit-equal: torch sums the parameter gradients in an order that follows the strides.
             for g, e in zip(got, expected):
-                assert torch.equal(g, e), name
+                torch.testing.assert_close(g, e, rtol=2e-6, atol=2e-6, msg=lambda m: f"{name}: {m}")
     row = z[:1].expand(5, 33)
     assert torch.equal(damped_sine(row, *parameters, backend=backend)[3], damped_sine(z[:1], *parameters, backend=backend)[0])
 
