@@ -1,9 +1,12 @@
-"""What every *_triton.py needs: the interpreter switch, exact narrowing stores, sine and exponential, device refusals."""
+"""What every *_triton.py needs: the interpreter switch, exact narrowing stores, sine and exponential, device refusals, and
+the form in which it lists the configurations that dispatch can choose."""
 
 from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
@@ -13,6 +16,30 @@ from torch import Tensor
 # Triton reads this variable when a kernel is decorated, so the switch is fixed for the process, like the kernels.
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 INTERPRET = tl.constexpr(IS_INTERPRETED)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One compiled form of a kernel that dispatch can choose. Each *_triton.py lists its own by `configurations()`, and the
+    offline gate (tests/kernels/gate.py) compiles exactly those, without a GPU.
+
+    kernel      the @triton.jit function
+    signature   every run-time argument, in order: "*bf16", "*fp32", "i32", "i64", "fp32", "tensordesc<bf16[64,64]>". A suffix
+                ":16" says divisible by 16 (what the launcher finds for whole tensors and most sizes), ":1" equal to 1
+    constexprs  every constexpr argument and its value (None too)
+    num_warps, num_stages   as in the launch
+    name        unique, readable: "damped_sine forward bf16"
+    targets     where dispatch can choose it, None for everywhere: ("sm_90",) for what needs Hopper
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    name: str = ""
+    targets: tuple[str, ...] | None = None
+
 
 # frequency / 2 pi is kept as two float32, so that the product with z is never rounded (KERNELS: "reduce in turns").
 _TURNS_HIGH = tl.constexpr(0.15915493667125702)  # float32(1 / 2 pi)
