@@ -1,0 +1,249 @@
+"""Causal attention with rotary positions, grouped heads, packed documents, sliding window and ALiBi.
+
+    o_i = sum_j softmax_j(softmax_scale * <R_i q_i, R_j k_j> + slope * (j - i)) v_j      over the keys j that i sees
+
+R_p turns pair m of a head's features by the angle p * theta^(-2m / D), so a score depends on i - j alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .documents import are_values_known, check_cu_seqlens, document_bounds
+from .registry import Op
+
+OP = Op("rope_attention")
+
+
+def rope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    interleaved: bool = True,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    alibi_slopes: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of each token to itself and to earlier tokens of its document.
+
+    q              (B, Tq, H, D)          float16, bfloat16, float32 or float64; any strides; or packed, (total, H, D)
+    k, v           (B, Tk, Hkv, D)        dtype of q; H is a multiple of Hkv; or packed, (total, Hkv, D)
+    cos, sin       (max_position, D / 2)  float32 (float64 beside a float64 q); both or neither. Given: q and k arrive
+                                          unrotated and are rotated here. No gradient flows to them.
+    cu_seqlens     (documents + 1,)       int32; offsets of documents in the B * T (or total) tokens, see documents.py. A row of
+                                          a (B, T) batch starts a document in any case; Tq must be Tk. Packed tensors need it.
+    interleaved                           True turns pairs (2m, 2m + 1), False turns (m, m + D / 2)
+    softmax_scale                         default D ** -0.5
+    window                                tokens seen, the query's own included; None: all
+    alibi_slopes   (H,)                   float32 (float64 beside a float64 q): adds slope * (key position - query position)
+                                          to the scaled scores. No gradient flows to them.
+    backend                               "auto", "triton", "native" or "torch"
+
+    Positions count from 0 in each document. Without cu_seqlens key j sits at position j and query i at Tk - Tq + i, so that
+    fewer queries than keys are the newest tokens; queries beyond the keys (Tq > Tk) see nothing, give 0 and have no gradient.
+    max_position must exceed every position; where that cannot be known without waiting for a GPU, it is the caller's promise.
+
+    Returns o in the shape and dtype of q. Differentiable in q, k and v; gradients have the same bits in every run.
+    Raises ValueError for other shapes or dtypes; BackendError if `backend` was named and cannot serve.
+    Source: attention, Vaswani et al. 2017, arXiv:1706.03762; rotary positions, Su et al. 2021, arXiv:2104.09864; ALiBi, Press
+    et al. 2021, arXiv:2108.12409.
+    """
+    check_attention("rope_attention", q, k, v, cos, sin, cu_seqlens, window, alibi_slopes)
+    options = dict(
+        cu_seqlens=cu_seqlens,
+        interleaved=interleaved,
+        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        window=window,
+        alibi_slopes=alibi_slopes,
+    )
+    if q.dim() == 4:
+        return OP.select(backend, q, k, v, cos, sin, **options)(q, k, v, cos, sin, **options)
+    q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    return OP.select(backend, q, k, v, cos, sin, **options)(q, k, v, cos, sin, **options).squeeze(0)
+
+
+@OP.specify
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    interleaved: bool = True,
+    softmax_scale: float,
+    window: int | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    batch, queries, heads, head_dim = q.shape
+    keys = k.shape[1]
+    if queries > keys:
+        # The first queries have no key. They leave before softmax would have to divide 0 by 0.
+        seeing = reference(
+            q[:, queries - keys :], k, v, cos, sin, interleaved=interleaved, softmax_scale=softmax_scale, window=window,
+            alibi_slopes=alibi_slopes,
+        )  # fmt: skip
+        return F.pad(seeing, (0, 0, 0, 0, queries - keys, 0))
+
+    key = torch.arange(keys, device=q.device)
+    query = key[keys - queries :]
+    first = torch.zeros_like(query).unsqueeze(0)  # of the query's document; (1 or B, Tq)
+    if cu_seqlens is not None:
+        start, _ = document_bounds(cu_seqlens, batch * keys, row_length=keys)
+        first = (start.view(batch, keys) - keys * torch.arange(batch, device=q.device).unsqueeze(1)).long()
+    if cos is not None:
+        q = rotate(q, cos, sin, positions=query - first, interleaved=interleaved)
+        k = rotate(k, cos, sin, positions=key - first if cu_seqlens is not None else key, interleaved=interleaved)
+
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if queries == keys and cu_seqlens is None and window is None and alibi_slopes is None:
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=True)
+        return o.transpose(1, 2)
+
+    if window is not None:
+        first = torch.maximum(first, query - window + 1)
+    seen = ((key <= query.unsqueeze(1)) & (key >= first.unsqueeze(-1))).unsqueeze(1)  # (1 or B, 1, Tq, Tk)
+    if alibi_slopes is None:
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=softmax_scale, enable_gqa=True)
+        return o.transpose(1, 2)
+
+    # A bias of some hundreds has no room for fractions in bfloat16, so scores with one are computed wide.
+    bias = alibi_slopes.view(heads, 1, 1) * (key - query.unsqueeze(1))
+    bias = bias.masked_fill(~seen, float("-inf"))
+    wide = (t.to(bias.dtype) for t in (q, k, v))
+    o = F.scaled_dot_product_attention(*wide, attn_mask=bias, scale=softmax_scale, enable_gqa=True)
+    return o.transpose(1, 2).to(q.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, positions: Tensor | None = None, interleaved: bool = True) -> Tensor:
+    """Turn each pair of a head's features by its position's angle.
+
+    x            (..., T, H, D)         floating point
+    cos, sin     (max_position, D / 2)  float32 (float64 beside a float64 x), from rotary_tables
+    positions    (..., T)               integers below max_position; any shape that broadcasts; None: 0 to T - 1
+    interleaved                         True: pairs (2m, 2m + 1), psann's convention; False: (m, m + D / 2), Llama's
+
+    Returns the shape and dtype of x; the arithmetic is float32 at least.
+    Source: Su et al. 2021, arXiv:2104.09864.
+    """
+    if positions is None:
+        cos, sin = cos[: x.shape[-3]], sin[: x.shape[-3]]
+    else:
+        cos, sin = cos[positions], sin[positions]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one angle for all heads
+    wide = x.to(cos.dtype)
+    a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    turned = torch.stack((a, b), dim=-1).flatten(-2) if interleaved else torch.cat((a, b), dim=-1)
+    return turned.to(x.dtype)
+
+
+def rotary_tables(
+    max_position: int, head_dim: int, theta: float = 10000.0, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * theta^(-2m / head_dim), each (max_position, head_dim / 2) float32.
+
+    The angles are computed in float64: at position 1e5 a float32 product is wrong in the third digit of its sine.
+    Raises ValueError if head_dim is odd.
+    """
+    if head_dim % 2:
+        raise ValueError(f"rotary_tables: head_dim is {head_dim}; rotary positions turn pairs of features, so it must be even")
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+    angle = torch.arange(max_position, dtype=torch.float64, device=device).unsqueeze(1) * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+def check_attention(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    alibi_slopes: Tensor | None,
+) -> None:
+    """Raise ValueError unless the arguments of rope_attention fit together; `op` opens the message."""
+    if q.dim() not in (3, 4) or not q.is_floating_point():
+        raise ValueError(
+            f"{op}: q has shape {tuple(q.shape)} and dtype {q.dtype}; it must be floating point, (B, T, H, D) or packed (total, H, D)"
+        )
+    if q.dim() == 3 and cu_seqlens is None:
+        raise ValueError(
+            f"{op}: q is packed, shape {tuple(q.shape)}, but cu_seqlens is None; pass the documents' offsets, or a (B, T, H, D) batch"
+        )
+    *rows, tokens, heads, head_dim = q.shape
+    for name, t in (("k", k), ("v", v)):
+        if t.dim() != q.dim() or [*t.shape[:-3]] != rows or t.shape[-1] != head_dim or t.shape != k.shape:
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(t.shape)} beside q {tuple(q.shape)} and k {tuple(k.shape)}; k and v must have one "
+                f"shape, and differ from q in tokens and heads only"
+            )
+        if t.dtype != q.dtype or t.device != q.device:
+            raise ValueError(f"{op}: {name} is {t.dtype} on {t.device} and q {q.dtype} on {q.device}; make them alike")
+    if head_dim == 0 or k.shape[-2] == 0 or heads % k.shape[-2]:
+        raise ValueError(
+            f"{op}: q has {heads} heads of {head_dim} features and k {k.shape[-2]} heads; head_dim must be at least 1 and the heads "
+            f"of q a multiple of those of k"
+        )
+    if window is not None and (isinstance(window, bool) or window < 1):
+        raise ValueError(f"{op}: window is {window!r}; it counts the query's own token, so pass at least 1, or None for no window")
+
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if alibi_slopes is not None:
+        _check_constant(op, "alibi_slopes", alibi_slopes, (heads,), wide, q)
+    if cu_seqlens is not None:
+        if k.shape[-3] != tokens:
+            raise ValueError(
+                f"{op}: q has {tokens} tokens and k {k.shape[-3]}; with cu_seqlens both must hold the same tokens (without it, fewer "
+                f"queries are the newest tokens)"
+            )
+        check_cu_seqlens(op, cu_seqlens, q.shape[:-2].numel(), q.device)
+    if cos is not None or sin is not None:
+        _check_tables(op, q, k, cos, sin, cu_seqlens, wide)
+
+
+def _check_tables(
+    op: str, q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, cu_seqlens: Tensor | None, wide: torch.dtype
+) -> None:
+    if cos is None or sin is None:
+        missing = "cos" if cos is None else "sin"
+        raise ValueError(f"{op}: {missing} is None but the other table is given; pass cos and sin, or neither")
+    head_dim, longest = q.shape[-1], k.shape[-3]
+    if head_dim % 2:
+        raise ValueError(
+            f"{op}: head_dim is {head_dim}; rotary positions turn pairs of features, so it must be even (or leave out cos and sin)"
+        )
+    _check_constant(op, "cos", cos, (cos.shape[0] if cos.dim() else 0, head_dim // 2), wide, q)
+    _check_constant(op, "sin", sin, tuple(cos.shape), wide, q)
+    if cos.shape[0] >= longest:
+        return
+    if cu_seqlens is not None:
+        if not are_values_known(cu_seqlens):
+            return
+        start, end = document_bounds(cu_seqlens, q.shape[:-2].numel(), row_length=longest)
+        longest = max((end - start).tolist(), default=0)
+    if cos.shape[0] < longest:
+        raise ValueError(
+            f"{op}: cos and sin have {cos.shape[0]} positions, but {longest} tokens follow one another; pass tables of at least "
+            f"{longest} rows (rotary_tables makes them)"
+        )
+
+
+def _check_constant(op: str, name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, q: Tensor) -> None:
+    if t.shape != shape or t.dtype != dtype or t.device != q.device:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(t.shape)}, {t.dtype}, on {t.device}; beside q {tuple(q.shape)}, {q.dtype}, on {q.device} "
+            f"it must be {shape}, {dtype}, on the same device"
+        )
+    if t.requires_grad:
+        raise ValueError(f"{op}: {name} requires a gradient, but it is a constant here; pass {name}.detach()")
