@@ -4,6 +4,7 @@ import re
 import textwrap
 
 import campaign as plugin
+import hypothesis  # noqa: F401  its plugin imports it at the end of a run, and pytester forgets what an inner run imported
 import pytest
 from skips import rises
 
