@@ -147,18 +147,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, positions: Tensor | None = No
 
 
 def rotary_tables(
-    max_position: int, head_dim: int, theta: float = 10000.0, device: torch.device | str | None = None
+    max_position: int,
+    head_dim: int,
+    theta: float = 10000.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2m / head_dim), each (max_position, head_dim / 2) float32.
+    """cos and sin of position * theta^(-2m / head_dim), each (max_position, head_dim / 2) in `dtype` (float64 beside float64).
 
     The angles are computed in float64: at position 1e5 a float32 product is wrong in the third digit of its sine.
     Raises ValueError if head_dim is odd.
     """
     if head_dim % 2:
         raise ValueError(f"rotary_tables: head_dim is {head_dim}; rotary positions turn pairs of features, so it must be even")
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
-    angle = torch.arange(max_position, dtype=torch.float64, device=device).unsqueeze(1) * frequency
-    return angle.cos().float(), angle.sin().float()
+    # On the CPU, because some devices have no float64.
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = torch.arange(max_position, dtype=torch.float64).unsqueeze(1) * frequency
+    return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
 
 
 def check_attention(
