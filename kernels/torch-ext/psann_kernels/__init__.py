@@ -6,6 +6,7 @@ Every op takes `backend="auto" | "triton" | "native" | "torch"`; `explain("dampe
 from . import damped_sine as _damped_sine
 from .damped_sine import damped_sine
 from .paged_attention import paged_append, paged_attention
+from .modules import DampedSine
 from .registry import BACKENDS, OPS, BackendError, attach, explain
 from .rms_norm import rms_norm
 from .rope_attention import rope_attention, rotary_tables, rotate
@@ -13,4 +14,4 @@ from .wave_conv import wave_conv, wave_state
 
 attach(__name__, "triton", "triton", {"damped_sine_triton": _damped_sine.OP})
 
-__all__ = ["BACKENDS", "OPS", "BackendError", "damped_sine", "explain", "paged_append", "paged_attention", "rms_norm", "rope_attention", "rotary_tables", "rotate", "wave_conv", "wave_state"]
+__all__ = ["BACKENDS", "OPS", "BackendError", "DampedSine", "damped_sine", "explain", "paged_append", "paged_attention", "rms_norm", "rope_attention", "rotary_tables", "rotate", "wave_conv", "wave_state"]

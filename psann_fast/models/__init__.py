@@ -1,0 +1,7 @@
+"""The models: what is trained and what generates."""
+
+from .language_model import LanguageModel
+from .layers import CacheView, Window
+from .registry import build_model, register_base
+
+__all__ = ["CacheView", "LanguageModel", "Window", "build_model", "register_base"]

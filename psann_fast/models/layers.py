@@ -1,0 +1,237 @@
+"""The parts of a block: norm, attention, sine MLP, wave branch. Each runs over whole windows or through the paged cache."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Iterator
+
+import torch
+from psann_kernels import DampedSine, OPS, paged_append, paged_attention, rms_norm, rope_attention, rotary_tables, wave_conv, wave_state
+from psann_kernels.registry import Op, for_model
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+
+ExampleCalls = Iterator[tuple[Op, str, tuple[Any, ...], dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Whole sequences, nothing cached: activations are (B, T, d_model).
+
+    cos, sin    rotary tables (at least T, head_dim / 2), or None
+    cu_seqlens  (documents + 1,) int32 offsets of the documents in the B * T tokens, or None: one document a row
+    """
+
+    cos: Tensor | None
+    sin: Tensor | None
+    cu_seqlens: Tensor | None
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """The new tokens of several sequences end to end: activations are (tokens, d_model). Lengths are in tokens.
+
+    k_cache, v_cache  per layer, (num_blocks, block_size, Hkv, D); keys are stored rotated
+    wave_cache        per layer, (num_slots, state length, d_model), or an empty tuple; zeroed where a sequence begins
+    block_table       (B, max_blocks) int32
+    seq_lens          (B,) int32, the new tokens included
+    cu_seqlens        (B + 1,) int32, sequence b owns new tokens cu_seqlens[b] to cu_seqlens[b + 1]
+    positions         (tokens,) int64, position of each new token in its sequence
+    slot_mapping      (tokens,) int64, block * block_size + offset of each new token
+    wave_slots        (B,) int64, each sequence's row of wave_cache
+    cos, sin          rotary tables, or None
+    """
+
+    k_cache: tuple[Tensor, ...]
+    v_cache: tuple[Tensor, ...]
+    wave_cache: tuple[Tensor, ...]
+    block_table: Tensor
+    seq_lens: Tensor
+    cu_seqlens: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    wave_slots: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+
+
+class RotaryTables:
+    """cos and sin of every position seen so far, float32 whatever the model's dtype (float64 for a float64 model).
+
+    Not a buffer: `module.bfloat16()` would narrow it, and bf16 tables turn distant positions to the same angle.
+    """
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        self.head_dim, self.theta = head_dim, theta
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def get(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each (at least `length`, head_dim / 2)."""
+        wide = torch.promote_types(dtype, torch.float32)
+        held = self._tables.get((device, wide))
+        if held is None or held[0].shape[0] < length:
+            size = 1 << max(length - 1, 255).bit_length()
+            cos, sin = rotary_tables(size, self.head_dim, theta=self.theta, device=device, dtype=wide)
+            held = self._tables[device, wide] = (cos, sin)
+        return held
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last dimension (d_model,)."""
+
+    def __init__(self, features: int, backend: str, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(features))
+        self.eps = eps
+        self.backend = for_model(backend, OPS["rms_norm"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.scale, eps=self.eps, backend=self.backend)
+
+    def example_calls(self) -> ExampleCalls:
+        yield OPS["rms_norm"], self.backend, (self.scale.new_empty(1, len(self.scale)), self.scale), {"eps": self.eps}
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """(num_heads,) float32, geometric; for a head count that is no power of two, every second slope of the next one fills up.
+
+    Source: Press et al. 2021, arXiv:2108.12409, as BLOOM uses it.
+    """
+    power = 1 << int(math.log2(num_heads))
+    slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
+    slopes += [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(num_heads - power)]
+    return torch.tensor(slopes, dtype=torch.float32)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; q, k, v, o projections without bias."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        kv_width = self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.k_proj = nn.Linear(config.d_model, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.d_model, kv_width, bias=False)
+        self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.has_alibi = config.positional_encoding == "alibi"
+        self.backends = {
+            name: for_model(config.backend, OPS[name]) for name in ("rope_attention", "paged_append", "paged_attention")
+        }
+
+    def _slopes(self, device: torch.device) -> Tensor | None:
+        return alibi_slopes(self.num_heads).to(device) if self.has_alibi else None
+
+    def forward(self, x: Tensor, where: Window | CacheView, layer: int) -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        slopes = self._slopes(x.device)
+        if isinstance(where, Window):
+            y = rope_attention(
+                q, k, v, where.cos, where.sin, cu_seqlens=where.cu_seqlens, alibi_slopes=slopes, backend=self.backends["rope_attention"]
+            )
+        else:
+            k_cache, v_cache = where.k_cache[layer], where.v_cache[layer]
+            paged_append(
+                k.to(k_cache.dtype), v.to(v_cache.dtype), k_cache, v_cache, where.slot_mapping,
+                positions=where.positions, cos=where.cos, sin=where.sin, backend=self.backends["paged_append"],
+            )  # fmt: skip
+            y = paged_attention(
+                q.to(k_cache.dtype), k_cache, v_cache, where.block_table, where.seq_lens, where.cu_seqlens,
+                cos=where.cos, sin=where.sin, alibi_slopes=slopes, backend=self.backends["paged_attention"],
+            )  # fmt: skip
+        return self.dropout(self.o_proj(y.flatten(-2)))
+
+    def example_calls(self) -> ExampleCalls:
+        new = self.q_proj.weight.new_empty
+        device = self.q_proj.weight.device
+        q, k = new(1, 1, self.num_heads, self.head_dim), new(1, 1, self.num_kv_heads, self.head_dim)
+        slopes = self._slopes(device)
+        yield OPS["rope_attention"], self.backends["rope_attention"], (q, k, k), {"alibi_slopes": slopes}
+        cache = new(1, 16, self.num_kv_heads, self.head_dim)
+        index = lambda *values, dtype: torch.tensor(values, dtype=dtype, device=device)  # noqa: E731 (three uses on the next lines)
+        slot = index(0, dtype=torch.int64)
+        yield OPS["paged_append"], self.backends["paged_append"], (k[0], k[0], cache, cache, slot), {}
+        table, lens, cu = (index(*v, dtype=torch.int32) for v in ((0,), (1,), (0, 1)))
+        yield (
+            OPS["paged_attention"], self.backends["paged_attention"],
+            (q[0], cache, cache, table.unsqueeze(0), lens, cu), {"alibi_slopes": slopes},
+        )  # fmt: skip
+
+
+def sine_of(config: ModelConfig, features: int) -> DampedSine:
+    """The damped sine that a configuration asks for."""
+    return DampedSine(
+        features,
+        amplitude=config.sine_amp_init,
+        frequency=config.sine_freq_init,
+        damping=config.sine_damp_init,
+        amplitude_std=config.sine_amp_init_std,
+        frequency_std=config.sine_freq_init_std,
+        damping_std=config.sine_damp_init_std,
+        learnable=config.learnable_sine,
+        mode=config.sine_mode,
+        backend=for_model(config.backend, OPS["damped_sine"]),
+    )
+
+
+class SineMLP(nn.Module):
+    """fc2(damped_sine(fc1(x)))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.d_model, config.d_mlp)
+        self.act = sine_of(config, config.d_mlp)
+        self.fc2 = nn.Linear(config.d_mlp, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.fc2(self.act(self.fc1(x))))
+
+
+class WaveBranch(nn.Module):
+    """out_proj(damped_sine(causal depthwise dilated convolution of norm(x))): mixing over the near past, beside attention."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.dilation = config.wave_dilations[layer % len(config.wave_dilations)]
+        self.kernel_size = config.wave_kernel
+        self.norm = RMSNorm(config.d_model, config.backend)
+        self.weight = nn.Parameter(torch.empty(config.d_model, self.kernel_size))
+        self.bias = nn.Parameter(torch.zeros(config.d_model))
+        self.act = sine_of(config, config.d_model)
+        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.backend = for_model(config.backend, OPS["wave_conv"])
+
+    @property
+    def state_length(self) -> int:
+        """Inputs that decoding must remember for each sequence."""
+        return (self.kernel_size - 1) * self.dilation
+
+    def forward(self, x: Tensor, where: Window | CacheView, layer: int) -> Tensor:
+        x = self.norm(x)
+        if isinstance(where, Window):
+            cu_seqlens, state = where.cu_seqlens, None
+        else:
+            cu_seqlens, pool = where.cu_seqlens, where.wave_cache[layer]
+            state = pool[where.wave_slots].to(x.dtype)
+            pool[where.wave_slots] = wave_state(
+                x, state, kernel_size=self.kernel_size, dilation=self.dilation, cu_seqlens=cu_seqlens
+            ).to(pool.dtype)
+        y = wave_conv(
+            x, self.weight, *self.act.parameters_of_sine(), bias=self.bias, dilation=self.dilation,
+            cu_seqlens=cu_seqlens, state=state, mode=self.act.mode, backend=self.backend,
+        )  # fmt: skip
+        return self.dropout(self.out_proj(y))
+
+    def example_calls(self) -> ExampleCalls:
+        x = self.weight.new_empty(1, 1, len(self.weight))
+        yield (
+            OPS["wave_conv"], self.backend, (x, self.weight, *self.act.parameters_of_sine()),
+            {"bias": self.bias, "dilation": self.dilation, "mode": self.act.mode},
+        )  # fmt: skip
