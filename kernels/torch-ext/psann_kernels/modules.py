@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import damped_sine as _damped_sine
 from .damped_sine import MODES, damped_sine
-from .registry import Op, check_backend
+from .registry import OPS, Op, check_backend
 
 # Keeps the frequency positive where softplus underflows, as psann does, so that its weights give the same numbers here.
 FREQUENCY_FLOOR = 1e-6
@@ -73,7 +72,7 @@ class DampedSine(nn.Module):
     def example_calls(self) -> Iterator[tuple[Op, str, tuple[Any, ...], dict[str, Any]]]:
         """The op call that `explain(model)` asks about."""
         z = self._A.new_empty((1, self.features))
-        yield _damped_sine.OP, self.backend, (z, *self.parameters_of_sine()), {"mode": self.mode}
+        yield OPS["damped_sine"], self.backend, (z, *self.parameters_of_sine()), {"mode": self.mode}
 
     def extra_repr(self) -> str:
         return f"{self.features}, mode={self.mode!r}, backend={self.backend!r}"
