@@ -87,6 +87,10 @@ class LanguageModel(nn.Module):
             x = x + sinusoidal(view.positions, self.config.d_model).to(x.dtype)
         return self._run(x, view)
 
+    def wave_state_lengths(self) -> list[int]:
+        """For each layer, the past inputs that its wave branch remembers while decoding; 0 without a branch."""
+        return [block.wave.state_length if isinstance(getattr(block, "wave", None), WaveBranch) else 0 for block in self.blocks]
+
     def rotary_tables(self, length: int) -> tuple[Tensor | None, Tensor | None]:
         """The tables that a CacheView carries for sequences of up to `length` tokens."""
         return self._tables(length, self.embed.weight)

@@ -1,0 +1,1 @@
+"""Generation: sampling, text assembly, paged cache, step loop."""

@@ -1,0 +1,156 @@
+"""Which token comes next.
+
+A draw is a function of (request seed, position) and of the row's own logits, so that batching cannot change a request's text.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request draws its tokens. Filters act in this order: repetition penalty, temperature, top-k, top-p, min-p.
+
+    max_new_tokens      tokens to add at most, at least 1
+    temperature         0 takes the likeliest token (the lowest id among equals); above 0 divides the logits
+    top_k               keep the k likeliest (ties: the lowest ids), or None
+    top_p               keep the likeliest tokens until their sum reaches p, the one that crosses it included; None or 1: all
+    min_p               keep tokens of at least min_p times the likeliest one's probability, or None
+    repetition_penalty  positive logits of tokens already in prompt or output are divided by it, negative ones multiplied;
+                        None or 1: off. Source: Keskar et al. 2019, arXiv:1909.05858
+    stop                a string or strings at whose first occurrence the text ends; not part of the text
+    seed                whole number; None draws one from torch's random state
+
+    Raises ValueError for a value out of range, naming it.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = 0.9
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop: str | Sequence[str] | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _whole("max_new_tokens", self.max_new_tokens, 1)
+        _real("temperature", self.temperature, 0, math.inf)
+        if self.top_k is not None:
+            _whole("top_k", self.top_k, 1)
+        if self.top_p is not None:
+            _real("top_p", self.top_p, 0, 1, above=True)
+        if self.min_p is not None:
+            _real("min_p", self.min_p, 0, 1)
+        if self.repetition_penalty is not None:
+            _real("repetition_penalty", self.repetition_penalty, 0, math.inf, above=True)
+        if self.seed is not None:
+            _whole("seed", self.seed, 0)
+            if self.seed >= 1 << 63:
+                raise ValueError(f"seed is {self.seed!r}; it must be below 2^63")
+        for stop in self.stop_strings:
+            if not isinstance(stop, str) or not stop:
+                raise ValueError(f"stop is {self.stop!r}; it must be a non-empty string, several of them, or None")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+
+
+def _real(name: str, value: object, low: float, high: float, above: bool = False) -> None:
+    ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or not low <= value <= high or (above and value == low):
+        rule = f"{'above' if above else 'at least'} {low:g}" + ("" if high == math.inf else f" and at most {high:g}")
+        raise ValueError(f"{name} is {value!r}; it must be a number {rule}")
+
+
+def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """(B,) float64 in [0, 1) of (B,) int64 seeds and positions: 53 bits of a twice-applied SplitMix64.
+
+    Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", the finaliser's constants.
+    """
+    mixed = _mix(_mix(seeds) + positions)
+    return _shift(mixed, 11).to(torch.float64) * 2.0**-53
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    # int64 shifts keep the sign; the mask makes the shift a logical one.
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x + -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number; int64 wraps
+    x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+    x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+    return x ^ _shift(x, 31)
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """The parameters of B requests as tensors on the model's device."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    penalty: Tensor
+    seeds: Tensor
+    is_greedy: bool
+    has_penalty: bool
+
+    @classmethod
+    def of(cls, requests: Sequence[SamplingParams], seeds: Sequence[int], vocab_size: int, device: torch.device) -> SamplingBatch:
+        wide = lambda values: torch.tensor(values, dtype=torch.float64, device=device)  # noqa: E731 (four uses on the next lines)
+        return cls(
+            temperature=wide([p.temperature for p in requests]),
+            top_k=torch.tensor([min(p.top_k or vocab_size, vocab_size) for p in requests], device=device),
+            top_p=wide([1.0 if p.top_p is None else p.top_p for p in requests]),
+            min_p=wide([p.min_p or 0.0 for p in requests]),
+            penalty=wide([p.repetition_penalty or 1.0 for p in requests]),
+            seeds=torch.tensor(seeds, dtype=torch.int64, device=device),
+            is_greedy=all(p.temperature == 0 for p in requests),
+            has_penalty=any((p.repetition_penalty or 1.0) != 1.0 for p in requests),
+        )
+
+
+def next_tokens(logits: Tensor, batch: SamplingBatch, positions: Tensor, seen: Tensor | None = None) -> Tensor:
+    """(B,) int64: the token that each row draws.
+
+    logits     (B, V), any float dtype
+    positions  (B,) int64: the position that the drawn token will have
+    seen       (B, V) bool: tokens in prompt or output; needed where a repetition penalty is set
+    """
+    logits = logits.to(torch.float64)
+    if batch.has_penalty:
+        penalty = batch.penalty.unsqueeze(1)
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    likeliest = logits.argmax(-1)
+    if batch.is_greedy:
+        return likeliest
+    scaled = (logits - logits.amax(-1, keepdim=True)) / batch.temperature.clamp_min(1e-6).unsqueeze(1)
+    # A stable sort puts the lowest id first among equals.
+    probabilities, ids = scaled.softmax(-1).sort(-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    probabilities = torch.where(rank < batch.top_k.unsqueeze(1), probabilities, 0.0)
+    probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    # What comes before a token decides whether it is kept, so the token that crosses p is.
+    before = probabilities.cumsum(-1) - probabilities
+    kept = (before < batch.top_p.unsqueeze(1)) & (probabilities >= batch.min_p.unsqueeze(1) * probabilities[:, :1])
+    probabilities = torch.where(kept, probabilities, 0.0)
+    edges = probabilities.cumsum(-1)
+    draw = uniform(batch.seeds, positions).unsqueeze(1) * edges[:, -1:]
+    # The first token whose interval ends above the draw; rounding may put the draw on the last edge, so look no further than kept.
+    chosen = torch.searchsorted(edges, draw, right=True).clamp_max((probabilities > 0).sum(-1, keepdim=True) - 1)
+    return torch.where(batch.temperature == 0, likeliest, ids.gather(1, chosen).squeeze(1))

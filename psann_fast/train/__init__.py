@@ -1,0 +1,1 @@
+"""Training: precision, optimizer, loop, run folder, checkpoints."""
