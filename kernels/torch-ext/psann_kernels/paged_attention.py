@@ -12,7 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .documents import are_values_known
 from .registry import Op
+from .rope_attention import rotate
 
 APPEND = Op("paged_append")
 ATTENTION = Op("paged_attention")
@@ -48,17 +50,19 @@ def reference_append(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, *, positions: Tensor | None = None,
     cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = True,
 ) -> None:  # fmt: skip
+    if len(slot_mapping) == 0:
+        return
     kept = slot_mapping >= 0
-    slots = slot_mapping[kept]
-    k, v = k[kept], v[kept]
     if cos is not None:
-        from .rope_attention import rotate
-
-        k = rotate(k, cos, sin, positions=positions[kept], interleaved=interleaved)
-    block_size = k_cache.shape[1]
-    blocks, offsets = slots // block_size, slots % block_size
-    k_cache[blocks, offsets] = k
-    v_cache[blocks, offsets] = v
+        k = rotate(k, cos, sin, positions=torch.where(kept, positions, 0), interleaved=interleaved)
+    # A skipped token writes what the first kept one writes, in the same place; if none is kept, slot 0 gets its own content.
+    # Dropping the skipped tokens would need their number, which a GPU or a trace does not know.
+    first_kept = kept.to(torch.int8).argmax(0, keepdim=True)
+    source = torch.where(kept, torch.arange(len(kept), device=k.device), first_kept)
+    slot = slot_mapping[source].clamp(min=0)
+    block, offset = slot // k_cache.shape[1], slot % k_cache.shape[1]
+    for cache, x in ((k_cache, k), (v_cache, v)):
+        cache[block, offset] = torch.where(kept[first_kept].view(1, 1, 1), x[source], cache[0, 0])
 
 
 def paged_attention(
@@ -83,9 +87,9 @@ def paged_attention(
 
     New token i of n sits at position seq_lens - n + i and sees keys up to itself.  Decoding, speculative steps and chunked
     prefill are this one call.  Returns (total_q, H, D) in q's dtype.  Never reads table entries past the last block, nor slots
-    past the last token.  A sequence may have no new token, and one whose seq_lens is 0 is padding: its rows are 0, and so are
-    rows past cu_seqlens_q[B].  Not differentiable: it is for inference.  Values are checked for being in range where that
-    needs no synchronisation: on CPU tensors, outside torch.compile.
+    past the last token.  A sequence may have no new token; one whose seq_lens is 0 is padding, and its rows are 0.
+    Not differentiable: it is for inference.  Values are checked for being in range where that needs no synchronisation, on
+    CPU tensors outside torch.compile; elsewhere values out of range are the caller's mistake, and what is computed is undefined.
     Raises ValueError for other shapes, dtypes or values, and where a gradient would be needed; BackendError if `backend` was
     named and cannot serve.
     Source: PagedAttention, Kwon et al. 2023, arXiv:2309.06180; online softmax accumulated in float32.
@@ -105,52 +109,108 @@ def reference_attention(
     cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = True, softmax_scale: float | None = None,
     window: int | None = None, alibi_slopes: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    if q.numel() == 0 or block_table.numel() == 0 or k_cache.numel() == 0:
+        return q.new_zeros(q.shape)
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    is_traced = torch.compiler.is_compiling()
+    if cos is not None or is_traced:
+        # Row r of q belongs to sequence owner[r]. Positions below 0 are those of padding.
+        row = torch.arange(len(q), dtype=torch.int32, device=q.device)
+        owner = torch.searchsorted(cu_seqlens_q[1:], row, right=True)
+        position = row + (seq_lens - cu_seqlens_q[1:])[owner]
+    if cos is not None:
+        q = rotate(q, cos, sin, positions=position.clamp(min=0), interleaved=interleaved)
+    if is_traced:
+        return _attend_rows(q, k_cache, v_cache, block_table[owner], position, softmax_scale, window, alibi_slopes)
+    lengths, bounds = seq_lens.tolist(), cu_seqlens_q.tolist()
+    return _attend_sequences(q, k_cache, v_cache, block_table, lengths, bounds, softmax_scale, window, alibi_slopes)
+
+
+def _attend_rows(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, position: Tensor, softmax_scale: float, window: int | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Each row gathers the whole of its own sequence: wasteful, but of shapes that a trace knows.
+
+    block_table  (total_q, max_blocks)  of the sequence that owns each row
+    position     (total_q,)             of each row; its keys are those at and before it
+    """
     block_size = k_cache.shape[1]
-    o = torch.zeros_like(q)
-    bounds = cu_seqlens_q.tolist()
-    # One sequence at a time, so that what a sequence gets does not depend, to the last bit, on who shares the call.
-    for b, length in enumerate(seq_lens.tolist()):
-        start, stop = bounds[b], bounds[b + 1]
-        if start == stop or length == 0:
-            continue
-        q_positions = torch.arange(length - (stop - start), length, device=q.device)
-        q_b = q[start:stop]
-        if cos is not None:
-            from .rope_attention import rotate
+    key = torch.arange(block_table.shape[1] * block_size, device=q.device)
+    seen = key <= position[:, None]
+    # Beyond a sequence's last block the table may hold anything: such keys come from block 0.
+    block = torch.where(seen[:, ::block_size], block_table, 0)
+    k, v = (cache[block].flatten(1, 2) for cache in (k_cache, v_cache))
+    v = v.masked_fill(~seen[:, :, None, None], 0.0)  # 0 * nan is nan, and unseen slots may hold it
+    p = _weights(q.unsqueeze(1), k, (position[:, None] - key).unsqueeze(1), softmax_scale, window, alibi_slopes)
+    return _mix(p, v, q.unsqueeze(1)).squeeze(1).masked_fill((position < 0)[:, None, None], 0.0)
 
-            q_b = rotate(q_b, cos, sin, positions=q_positions, interleaved=interleaved)
 
-        oldest = 0 if window is None else max(0, length - (stop - start) - window + 1)
+# Queries of one sequence that share a product: their scores, (H, rows, keys), should not outgrow the cache they read.
+ROWS = 256
+
+
+def _attend_sequences(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: list[int], cu_seqlens_q: list[int],
+    softmax_scale: float, window: int | None, alibi_slopes: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """One sequence at a time, because a sequence fits the processor's cache, where a padded batch of them does not, and
+    because what it gets is then the same, to the last bit, whoever shares the call."""
+    block_size, num_kv_heads, head_dim = k_cache.shape[1:]
+    # index_select of whole blocks is four times as fast as indexing.
+    k_blocks, v_blocks = (cache.view(len(cache), -1) if cache.is_contiguous() else cache for cache in (k_cache, v_cache))
+
+    def keys_or_values(cache: Tensor, b: int, oldest: int, last: int) -> Tensor:
         first_block = oldest // block_size
-        blocks = block_table[b, first_block : -(-length // block_size)].long()
-        k_positions = torch.arange(first_block * block_size, length, device=q.device)
-        k_b = k_cache[blocks].flatten(0, 1)[: len(k_positions)]
-        v_b = v_cache[blocks].flatten(0, 1)[: len(k_positions)]
-        o[start:stop] = _attend(q_b, k_b, v_b, q_positions, k_positions, softmax_scale, window, alibi_slopes)
+        blocks = block_table[b, first_block : -(-last // block_size)]
+        tokens = cache.index_select(0, blocks).view(-1, num_kv_heads, head_dim)
+        return tokens[oldest - first_block * block_size : last - first_block * block_size]
+
+    o = q.new_zeros(q.shape)
+    for b, length in enumerate(seq_lens):
+        end = cu_seqlens_q[b + 1]
+        for start in range(max(cu_seqlens_q[b], end - length), end, ROWS):
+            stop = min(start + ROWS, end)
+            first, last = length - end + start, length - end + stop  # positions of the rows: first to last - 1
+            oldest = 0 if window is None else max(0, first - window + 1)
+            distance = None
+            if stop - start > 1 or alibi_slopes is not None:
+                distance = torch.arange(first, last, device=q.device)[:, None] - torch.arange(oldest, last, device=q.device)
+            # The keys are dropped before the values are gathered: twice the memory made this call four times as slow.
+            p = _weights(q[start:stop], keys_or_values(k_blocks, b, oldest, last), distance, softmax_scale, window, alibi_slopes)
+            o[start:stop] = _mix(p, keys_or_values(v_blocks, b, oldest, last), q[start:stop])
     return o
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor, k_positions: Tensor, softmax_scale: float, window: int | None,
-    alibi_slopes: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Causal attention of one sequence: q (n, H, D), k and v (S, Hkv, D), positions (n,) and (S,). Returns (n, H, D)."""
-    n, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[1]
+def _weights(
+    q: Tensor, k: Tensor, distance: Tensor | None, softmax_scale: float, window: int | None, alibi_slopes: Tensor | None
+) -> Tensor:
+    """Softmax over the keys of one sequence, or with leading dimensions of several: (..., Hkv, H / Hkv * n, S), in float32 at least.
+
+    q         (..., n, H, D)
+    k         (..., S, Hkv, D)
+    distance  (..., n, S)  position of the query less that of the key; None: every query sees every key, and there is no ALiBi
+    """
+    lead, (n, num_heads, head_dim) = q.shape[:-3], q.shape[-3:]
     wide = torch.promote_types(q.dtype, torch.float32)
-    # (Hkv, group * n, D): the query heads that share a key head stand side by side, so each key is read once.
-    q = q.transpose(0, 1).reshape(num_kv_heads, -1, head_dim).to(wide)
-    scores = (q @ k.permute(1, 2, 0).to(wide) * softmax_scale).view(num_heads, n, -1)
+    # The query heads that share a key head stand side by side, so each key is read once.
+    grouped = q.transpose(-3, -2).reshape(*lead, k.shape[-2], -1, head_dim).to(wide)
+    scores = grouped @ k.to(wide).transpose(-3, -2).mT * softmax_scale
 
-    distance = q_positions[:, None] - k_positions
-    if alibi_slopes is not None:
-        scores = scores - alibi_slopes.to(wide)[:, None, None] * distance
-    unseen = distance < 0 if window is None else (distance < 0) | (distance >= window)
-    p = torch.softmax(scores.masked_fill(unseen, float("-inf")), -1)
+    if distance is not None:
+        shape = scores.shape
+        scores, distance = scores.view(*lead, num_heads, n, -1), distance.unsqueeze(-3)
+        if alibi_slopes is not None:
+            scores = scores - alibi_slopes.view(-1, 1, 1) * distance
+        unseen = distance < 0 if window is None else (distance < 0) | (distance >= window)
+        scores = scores.masked_fill(unseen, float("-inf")).view(shape)
+    return torch.softmax(scores, -1)
 
-    o = p.view(num_kv_heads, -1, len(k)) @ v.transpose(0, 1).to(wide)
-    return o.view(num_heads, n, head_dim).transpose(0, 1)
+
+def _mix(p: Tensor, v: Tensor, q: Tensor) -> Tensor:
+    """The values v (..., S, Hkv, D) mixed by p, as _weights gives it; in q's shape (..., n, H, D) and dtype."""
+    o = p @ v.to(p.dtype).transpose(-3, -2)
+    return o.view(*q.shape[:-3], q.shape[-2], q.shape[-3], q.shape[-1]).transpose(-3, -2).to(q.dtype)
 
 
 def _check_cache(op: str, like: str, x: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
@@ -197,11 +257,6 @@ def _check_rotary(op: str, like: str, x: Tensor, cos: Tensor | None, sin: Tensor
             raise ValueError(f"{op}: {name} is {table.dtype} on {table.device}; rotary tables are torch.float32 on {x.device}")
 
 
-def _values_are_readable(t: Tensor) -> bool:
-    """Reading costs no synchronisation and is not being traced."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _check_append(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, positions: Tensor | None, cos: Tensor | None,
     sin: Tensor | None,
@@ -221,7 +276,7 @@ def _check_append(
         _check_index(op, "positions", positions, tokens, (torch.int32, torch.int64), k.device)
     elif cos is not None:
         raise ValueError(f"{op}: cos and sin are given without positions; pass each token's position, int64 {tokens}")
-    if k.shape[0] == 0 or not _values_are_readable(slot_mapping):
+    if k.shape[0] == 0 or not are_values_known(slot_mapping):
         return
 
     num_slots = k_cache.shape[0] * k_cache.shape[1]
@@ -274,7 +329,7 @@ def _check_attention(
             f"{op}: alibi_slopes is {alibi_slopes.dtype} {tuple(alibi_slopes.shape)} on {alibi_slopes.device}; "
             f"it must be torch.float32 ({num_heads},) on {q.device}, one slope per query head"
         )
-    if _values_are_readable(q):
+    if are_values_known(q):
         _check_attention_values(op, q, k_cache, block_table, seq_lens, cu_seqlens_q, cos)
 
 
@@ -284,9 +339,9 @@ def _check_attention_values(
     num_blocks, block_size = k_cache.shape[:2]
     capacity = block_table.shape[1] * block_size
     bounds = cu_seqlens_q.tolist()
-    if bounds[0] != 0 or bounds[-1] > q.shape[0]:
+    if bounds[0] != 0 or bounds[-1] != q.shape[0]:
         raise ValueError(
-            f"{op}: cu_seqlens_q runs from {bounds[0]} to {bounds[-1]}; it must start at 0 and end at or before the {q.shape[0]} rows of q"
+            f"{op}: cu_seqlens_q runs from {bounds[0]} to {bounds[-1]}; it must run from 0 to {q.shape[0]}, the number of rows of q"
         )
     for b, length in enumerate(seq_lens.tolist()):
         new = bounds[b + 1] - bounds[b]
@@ -305,6 +360,9 @@ def _check_attention_values(
             raise ValueError(
                 f"{op}: seq_lens[{b}] is {length}, but cos and sin have {len(cos)} rows; compute longer rotary tables"
             )
+    lowest, highest = block_table.aminmax()
+    if lowest >= 0 and highest < num_blocks:
+        return
     last_block = (seq_lens + (block_size - 1)) // block_size
     used = torch.arange(block_table.shape[1]) < last_block[:, None]
     wrong = used & ((block_table < 0) | (block_table >= num_blocks))
