@@ -55,7 +55,7 @@ def rope_attention(
     Source: attention, Vaswani et al. 2017, arXiv:1706.03762; rotary positions, Su et al. 2021, arXiv:2104.09864; ALiBi, Press
     et al. 2021, arXiv:2108.12409.
     """
-    check_attention("rope_attention", q, k, v, cos, sin, cu_seqlens, window, alibi_slopes)
+    check_attention("rope_attention", q, k, v, cos, sin, cu_seqlens, softmax_scale, window, alibi_slopes)
     options = dict(
         cu_seqlens=cu_seqlens,
         interleaved=interleaved,
@@ -174,6 +174,7 @@ def check_attention(
     cos: Tensor | None,
     sin: Tensor | None,
     cu_seqlens: Tensor | None,
+    softmax_scale: float | None,
     window: int | None,
     alibi_slopes: Tensor | None,
 ) -> None:
@@ -200,6 +201,8 @@ def check_attention(
             f"{op}: q has {heads} heads of {head_dim} features and k {k.shape[-2]} heads; head_dim must be at least 1 and the heads "
             f"of q a multiple of those of k"
         )
+    if softmax_scale is not None and not 0 < softmax_scale < float("inf"):
+        raise ValueError(f"{op}: softmax_scale is {softmax_scale}; it must be positive and finite, or None for {head_dim} ** -0.5")
     if window is not None and (isinstance(window, bool) or window < 1):
         raise ValueError(f"{op}: window is {window!r}; it counts the query's own token, so pass at least 1, or None for no window")
 

@@ -1,0 +1,228 @@
+"""Triton twin of rope_attention. Read rope_attention.py first; rope_attention_tiles_triton.py has the parts that both directions
+share, rope_attention_backward_triton.py the gradients.
+
+Forward turns K in a pass of its own (reads and writes K once) and Q inside the kernel, once per tile: turning K in the loop
+would put it through registers for every tile of queries.  One program per tile of queries and head walks the keys that the
+tile needs, softmax online, and writes o and the log-sum-exp (base 2); scores never reach memory.  Tiles that every query of
+the program sees whole need no mask.  Backward keeps q, the turned k, v, o and the log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .documents import document_bounds
+from .library import define
+from .rope_attention import OP
+from .rope_attention_backward_triton import rope_attention_triton_backward
+from .rope_attention_tiles_triton import (
+    Tile,
+    angles,
+    block_d,
+    document_start,
+    features,
+    first_key,
+    key_range,
+    load_operand,
+    operand,
+    rotated,
+    turn,
+    variant,
+    with_unit_stride,
+)
+from .triton_support import LOG2_E, narrow, refuses_device, refuses_dtype
+
+
+@triton.jit
+def _attend(
+    m, l, acc, q, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, first, slope, scale, low, high, keys,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, IS_BOUNDED: tl.constexpr, HAS_ALIBI: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over keys low to high. m is in units of log2, l and acc are sums of 2^(score - m)."""
+    n = low + tl.arange(0, BLOCK_N)
+    for _ in range(low, high, BLOCK_N):
+        row = n.to(tl.int64)[:, None]
+        k = load_operand(k_ptr + row * k_t + c_k[None, :], (n < keys)[:, None] & inside_k[None, :])
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if HAS_ALIBI:
+            s = s * scale + slope * (n[None, :] - position[:, None]).to(tl.float32)
+        if MASKED:
+            seen = n[None, :] <= position[:, None]
+            if IS_BOUNDED:
+                seen &= n[None, :] >= first[:, None]
+            s = tl.where(seen, s, float("-inf"))
+
+        # The scale is positive, so the largest product is the largest score, and scaling joins the subtraction in one FMA.
+        top = tl.max(s, 1)
+        if not HAS_ALIBI:
+            top *= scale
+        m_next = tl.maximum(m, top)
+        # A row that has seen no key yet has maximum -inf; shifting by it would give NaN, so such rows shift by 0.
+        shift = tl.where(m_next == float("-inf"), 0.0, m_next) if MASKED else m_next
+        if HAS_ALIBI:
+            p = tl.exp2(s - shift[:, None])
+        else:
+            p = tl.exp2(s * scale - shift[:, None])
+        fade = tl.exp2(m - shift)
+
+        # V is masked too: p is 0 past the end, but 0 * NaN is NaN.
+        v = load_operand(v_ptr + row * v_t + c_v[None, :], (n < keys)[:, None] & inside_v[None, :])
+        l = l * fade + tl.sum(p, 1)
+        acc = tl.dot(operand(p, v_ptr.dtype.element_ty), v, acc * fade[:, None], input_precision="ieee")
+        m = m_next
+        n += BLOCK_N
+    return m, l, acc
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, start_ptr, slope_ptr, o_ptr, lse_ptr, softmax_scale,
+    queries, keys, rows, heads, group, max_position, window, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # rows is B * H. The last queries see most keys, so their tiles start first.
+    program = tl.program_id(0).to(tl.int64)
+    tile = tl.cdiv(queries, BLOCK_M) - 1 - program // rows
+    row = program % rows
+    b, h = row // heads, row % heads
+    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    position = (i + keys - queries).to(tl.int32)
+    start = document_start(i, b, keys, start_ptr, i < queries, HAS_DOCUMENTS)
+    first = first_key(start, position, window, HAS_WINDOW)
+    low, full_low, full_high, high = key_range(
+        tile, b, queries, keys, start_ptr, window, BLOCK_M, BLOCK_N, HAS_DOCUMENTS, HAS_WINDOW
+    )
+    c_k, inside_k = features(D, BLOCK_D, ROTARY)
+    c_v, inside_v = features(D, BLOCK_D, "none")
+    k_ptr += b * k_b + h // group * k_h
+    v_ptr += b * v_b + h // group * v_h
+
+    q = load_operand(q_ptr + b * q_b + h * q_h + i[:, None] * q_t + c_k[None, :], (i < queries)[:, None] & inside_k[None, :])
+    if ROTARY != "none":
+        cos, sin = angles(cos_ptr, sin_ptr, position - start, i < queries, max_position, D, BLOCK_D)
+        q = operand(turn(q.to(tl.float32), cos, sin, BLOCK_M, BLOCK_D, ROTARY), q_ptr.dtype.element_ty)
+    scale = softmax_scale * LOG2_E
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(slope_ptr + h) * LOG2_E
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+
+    if HAS_DOCUMENTS or HAS_WINDOW:
+        m, l, acc = _attend(
+            m, l, acc, q, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, first, slope, scale,
+            low, tl.minimum(full_low, high), keys, BLOCK_N, True, True, HAS_ALIBI,
+        )  # fmt: skip
+    m, l, acc = _attend(
+        m, l, acc, q, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, first, slope, scale,
+        full_low, full_high, keys, BLOCK_N, False, False, HAS_ALIBI,
+    )  # fmt: skip
+    m, l, acc = _attend(
+        m, l, acc, q, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, first, slope, scale,
+        full_high, high, keys, BLOCK_N, True, HAS_DOCUMENTS or HAS_WINDOW, HAS_ALIBI,
+    )  # fmt: skip
+
+    # Queries without a key have l = 0: o is 0, and an infinite log-sum-exp makes their probabilities 0 in backward.
+    is_empty = l == 0
+    l = tl.where(is_empty, 1.0, l)
+    o = acc / l[:, None]
+    lse = tl.where(is_empty, float("inf"), m + tl.log2(l))
+    o_row = (b * queries + i) * heads + h
+    tl.store(o_ptr + o_row[:, None] * D + c_v[None, :], narrow(o, o_ptr.dtype.element_ty), mask=(i < queries)[:, None] & inside_v[None, :])
+    tl.store(lse_ptr + row * queries + i, lse, mask=i < queries)
+
+
+# By BLOCK_D and whether the tensors are float32.
+TILES = {
+    (16, False): Tile(128, 64, 4, 3),
+    (32, False): Tile(128, 64, 4, 3),
+    (64, False): Tile(128, 64, 4, 3),
+    (128, False): Tile(128, 64, 8, 2),
+    (256, False): Tile(64, 32, 4, 2),
+    (16, True): Tile(64, 32, 4, 2),
+    (32, True): Tile(64, 32, 4, 2),
+    (64, True): Tile(64, 32, 4, 2),
+    (128, True): Tile(32, 32, 4, 2),
+    (256, True): Tile(16, 16, 4, 1),
+}
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, start: Tensor | None, end: Tensor | None,
+    alibi_slopes: Tensor | None, interleaved: bool, softmax_scale: float, window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, queries, heads, head_dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    q, k, v = (with_unit_stride(t) for t in (q, k, v))
+    turned_k = k.new_empty(0) if cos is None else rotated(k, cos, sin, start, 0, interleaved)
+    k = k if cos is None else turned_k
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+    if q.numel() == 0:
+        return o, lse, turned_k
+    tile = TILES[block_d(head_dim), q.dtype == torch.float32]
+    _forward_kernel[(triton.cdiv(queries, tile.queries) * batch * heads,)](
+        q, k, v, cos, sin, start, alibi_slopes, o, lse, softmax_scale,
+        queries, keys, batch * heads, heads, heads // kv_heads, 0 if cos is None else cos.shape[0], window or 0,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        **variant(head_dim, cos, interleaved, start, window, alibi_slopes), **tile.options(),
+    )  # fmt: skip
+    return o, lse, turned_k
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, start: Tensor | None, end: Tensor | None,
+    alibi_slopes: Tensor | None, interleaved: bool, softmax_scale: float, window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, queries, heads, _ = q.shape
+    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    return q.new_empty(q.shape), lse, k.new_empty((0,) if cos is None else k.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, cos, sin, start, end, alibi_slopes, *ctx.options = inputs
+    o, lse, turned_k = output
+    ctx.save_for_backward(q, k if cos is None else turned_k, v, o, lse, cos, sin, start, end, alibi_slopes)
+    ctx.mark_non_differentiable(lse, turned_k)
+
+
+def _differentiate(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return *rope_attention_triton_backward(do, *ctx.saved_tensors, *ctx.options), *[None] * 8
+
+
+rope_attention_triton = define(
+    "rope_attention_triton(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? start, Tensor? end,"
+    " Tensor? alibi_slopes, bool interleaved, float softmax_scale, SymInt? window) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _differentiate,
+    _setup_context,
+)
+
+
+def refuses(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *, cu_seqlens: Tensor | None = None,
+    interleaved: bool = True, softmax_scale: float, window: int | None = None, alibi_slopes: Tensor | None = None,
+) -> str | None:  # fmt: skip
+    if q.shape[-1] > 256:
+        return f"head_dim is {q.shape[-1]}; the kernel serves at most 256"
+    return refuses_device(q) or refuses_dtype("q", q)
+
+
+@OP.offer("triton", refuses)
+def _serve(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *, cu_seqlens: Tensor | None = None,
+    interleaved: bool = True, softmax_scale: float, window: int | None = None, alibi_slopes: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    start, end = None, None
+    if cu_seqlens is not None:
+        start, end = document_bounds(cu_seqlens, k.shape[0] * k.shape[1], row_length=k.shape[1])
+    o, _, _ = rope_attention_triton(q, k, v, cos, sin, start, end, alibi_slopes, interleaved, softmax_scale, window)
+    return o
