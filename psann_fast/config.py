@@ -102,6 +102,9 @@ class SineParams:
     damp_init_std: float | None = None
     trainable: bool | None = None
     learnable: tuple[str, ...] | None = None
+    amp_bounds: tuple[float | None, float | None] | None = None
+    freq_bounds: tuple[float | None, float | None] | None = None
+    damp_bounds: tuple[float | None, float | None] | None = None
     mode: str | None = None
 
     @classmethod
@@ -121,6 +124,11 @@ class SineParams:
 def _learnable(value: Any) -> str | None:
     ok = isinstance(value, (tuple, list)) and all(name in SINE_PARAMETERS for name in value)
     return None if ok else f"a subset of {SINE_PARAMETERS}"
+
+
+def _bounds(value: Any) -> str | None:
+    ok = isinstance(value, (tuple, list)) and len(value) == 2 and not any(_real(0)(v) for v in value if v is not None)
+    return None if ok and (None in value or value[0] <= value[1]) else "(least, largest), numbers of at least 0 or None"
 
 
 @dataclass(frozen=True)
@@ -153,6 +161,9 @@ class ModelConfig:
     sine_learnable: tuple[str, ...] | None = _option(
         None, _learnable, "which of amplitude, frequency, damping learn (default: all, if sine_trainable)", optional=True
     )
+    sine_amp_bounds: tuple[float | None, float | None] | None = _option(None, _bounds, "clamp of the amplitude", optional=True)
+    sine_freq_bounds: tuple[float | None, float | None] | None = _option(None, _bounds, "clamp of the frequency", optional=True)
+    sine_damp_bounds: tuple[float | None, float | None] | None = _option(None, _bounds, "clamp of the damping", optional=True)
     sine_mode: str = _option("abs", _one_of(*MODES), "what the damping multiplies: |z|, max(z, 0) or nothing")
     wave_kernel: int = _option(4, _whole(1), "taps of the wave branch's causal convolution (base 'waveresnet')")
     wave_dilations: tuple[int, ...] = _option(
@@ -184,12 +195,13 @@ class ModelConfig:
                     f"ModelConfig: rope={rope} and positional_encoding={self.positional_encoding!r} contradict each other; "
                     "give one of them"
                 )
+        for f in dataclasses.fields(self):
+            if isinstance(getattr(self, f.name), list):  # JSON and YAML know no tuples
+                set_field(f.name, tuple(getattr(self, f.name)))
         for name, value in (
             ("positional_encoding", self.positional_encoding or "rope"),
             ("n_kv_heads", self.n_kv_heads or self.n_heads),
             ("d_mlp", self.d_mlp or 4 * self.d_model),
-            ("wave_dilations", tuple(self.wave_dilations)),
-            ("sine_learnable", None if self.sine_learnable is None else tuple(self.sine_learnable)),
         ):
             set_field(name, value)
         if self.d_model % self.n_heads:
@@ -211,6 +223,12 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.d_model // self.n_heads
+
+    @property
+    def sine_bounds(self) -> dict[str, tuple[float | None, float | None]]:
+        """The clamps that are set, by sine parameter."""
+        bounds = dict(zip(SINE_PARAMETERS, (self.sine_amp_bounds, self.sine_freq_bounds, self.sine_damp_bounds)))
+        return {name: value for name, value in bounds.items() if value is not None}
 
     @property
     def learnable_sine(self) -> tuple[str, ...]:
@@ -303,3 +321,28 @@ def to_dict(config: Any) -> dict[str, Any]:
 def changed(config: Config, **changes: Any) -> Config:
     """A copy of `config` with some fields changed, checked anew."""
     return build(type(config), type(config).__name__, {**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)}, **changes})
+
+
+def coerced(kind: type, name: str, value: Any) -> Any:
+    """`value` of option `name` as YAML or a command line gives it, as the field takes it: "2e-4" is a number, "1,2,4" a tuple."""
+    wanted = str({f.name: f.type for f in dataclasses.fields(kind)}.get(name, ""))
+    if isinstance(value, str) and "tuple" in wanted:
+        return tuple(coerced_scalar(item.strip()) for item in value.split(",") if item.strip())
+    if isinstance(value, str) and not wanted.startswith("str"):
+        return coerced_scalar(value)
+    if isinstance(value, int) and not isinstance(value, bool) and wanted.startswith("float"):
+        return float(value)
+    return value
+
+
+def coerced_scalar(text: str) -> Any:
+    """None, True, False, a number, or the text itself."""
+    words = {"none": None, "null": None, "true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text

@@ -141,7 +141,7 @@ def next_tokens(logits: Tensor, batch: SamplingBatch, positions: Tensor, seen: T
         return likeliest
     scaled = (logits - logits.amax(-1, keepdim=True)) / batch.temperature.clamp_min(1e-6).unsqueeze(1)
     # A stable sort puts the lowest id first among equals.
-    probabilities, ids = scaled.softmax(-1).sort(-1, descending=True, stable=True)
+    probabilities, ids = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[1], device=logits.device)
     probabilities = torch.where(rank < batch.top_k.unsqueeze(1), probabilities, 0.0)
     probabilities = probabilities / probabilities.sum(-1, keepdim=True)

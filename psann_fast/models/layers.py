@@ -174,6 +174,7 @@ def sine_of(config: ModelConfig, features: int) -> DampedSine:
         frequency_std=config.sine_freq_init_std,
         damping_std=config.sine_damp_init_std,
         learnable=config.learnable_sine,
+        bounds=config.sine_bounds,
         mode=config.sine_mode,
         backend=for_model(config.backend, OPS["damped_sine"]),
     )

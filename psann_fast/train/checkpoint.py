@@ -23,7 +23,7 @@ class CheckpointError(ValueError):
     """A model folder is missing, incomplete, damaged or of another format. The message names the file and what to do."""
 
 
-def write(folder: str | Path, parts: Mapping[str, Callable[[Path], None]]) -> None:
+def write(folder: str | Path, parts: Mapping[str, Callable[[Path], object]]) -> None:
     """Replace the contents of `folder` by `parts`: name -> function that writes that file at the path it is given.
 
     Each file is flushed to disk before the manifest names it. Raises OSError as the file system does; the previous version then

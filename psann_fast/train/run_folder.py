@@ -21,17 +21,19 @@ class RunFolder:
         self._file = open(self.path / "metrics.csv", "a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, COLUMNS)
         self._writer.writeheader()
+        self._rows: list[Mapping[str, Any]] = []
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append one row and flush it, so that a reader sees it at once."""
         self._writer.writerow({name: row.get(name, "") for name in COLUMNS})
         self._file.flush()
+        self._rows.append(row)
 
-    def close(self, history: Sequence[Mapping[str, Any]]) -> None:
+    def close(self) -> None:
         """Draw loss.png from the rows of this run."""
         self._file.close()
-        if history:
-            plot_loss(history, self.path / "loss.png")
+        if self._rows:
+            plot_loss(self._rows, self.path / "loss.png")
 
 
 def plot_loss(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:

@@ -37,7 +37,7 @@ class Plan:
 
     @classmethod
     def of(cls, examples: Examples, config: TrainConfig) -> Plan:
-        rows = max(1, config.batch_tokens // examples.length)
+        rows = max(1, config.batch_tokens // examples.window)
         steps_per_epoch = math.ceil(math.ceil(len(examples) / rows) / config.grad_accum_steps)
         total = steps_per_epoch * config.epochs
         return cls(rows, steps_per_epoch, total if config.max_steps is None else min(total, config.max_steps))
@@ -150,14 +150,21 @@ def batch_loss(module: nn.Module, batch: dict[str, Tensor], device: torch.device
 
 
 @torch.no_grad()
-def evaluate(module: nn.Module, examples: Examples, rows: int, dtype: torch.dtype | None = None) -> float:
-    """Mean cross-entropy in nats per target token over all of `examples`; the module's mode is left as it was."""
+def evaluate(
+    module: nn.Module, examples: Examples, rows: int, dtype: torch.dtype | None = None, *, count_separators: bool = True
+) -> float:
+    """Mean cross-entropy in nats per target token over all of `examples`; the module's mode is left as it was.
+
+    count_separators  whether the separator after each document counts as a target
+    """
     device = next(module.parameters()).device
     was_training = module.training
     module.eval()
     total, targets = 0.0, 0
     for first in range(0, len(examples), rows):
         batch = examples.batch(np.arange(first, min(first + rows, len(examples))))
+        if not count_separators:
+            batch["targets"][batch["targets"] == examples.eos_id] = IGNORED
         with autocast(dtype, device):
             total += batch_loss(module, batch, device).item()
         targets += int((batch["targets"] != IGNORED).sum())
@@ -167,12 +174,12 @@ def evaluate(module: nn.Module, examples: Examples, rows: int, dtype: torch.dtyp
 
 def _steps(examples: Examples, plan: Plan, config: TrainConfig) -> Iterator[list[dict[str, Tensor]]]:
     """The micro-batches of each optimizer step."""
-    done = 0
+    done, rows = 0, plan.rows * config.grad_accum_steps
     for epoch in range(config.epochs):
-        view = examples.for_epoch(epoch, config.seed)
-        for first in range(0, len(view), plan.rows * config.grad_accum_steps):
+        order, offset = examples.order(epoch, config.seed), examples.offset(epoch, config.seed)
+        for first in range(0, len(order), rows):
             if done == plan.total_steps:
                 return
-            cuts = range(first, min(first + plan.rows * config.grad_accum_steps, len(view)), plan.rows)
-            yield [view.batch(np.arange(cut, min(cut + plan.rows, len(view)))) for cut in cuts]
+            chosen = order[first : first + rows]
+            yield [examples.batch(chosen[cut : cut + plan.rows], offset) for cut in range(0, len(chosen), plan.rows)]
             done += 1

@@ -1,0 +1,190 @@
+"""The command line: psann-fast train | generate | eval | doctor."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+from psann_kernels import BackendError
+
+from . import config as configuration
+from . import settings as presets
+from .config import DataConfig, ModelConfig, TrainConfig
+from .data import default_corpus, psannLMDataPrep
+from .data.documents import read_paths
+from .doctor import report
+from .estimator import psannLM
+from .generate.sampling import SamplingParams
+from .version import __version__
+
+USER_ERRORS = (ValueError, TypeError, OSError, BackendError, FloatingPointError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for an error that its message explains, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+    try:
+        return options.run(options)
+    except USER_ERRORS as error:
+        print(f"psann-fast {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"psann-fast {options.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="psann-fast", description="Sine-activated language models on fused kernels.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser("train", help="train a model and let it write", description="Train a model. Without arguments: the "
+                                "quickstart preset on an embedded corpus. Options below override --config, which overrides --preset.")  # fmt: skip
+    train.set_defaults(run=_train)
+    train.add_argument("--preset", default="quickstart", help=f"one of {', '.join(presets.presets())} (default: quickstart)")
+    train.add_argument("--config", metavar="FILE", help="YAML file with the sections model, data, train")
+    train.add_argument("--data", nargs="+", metavar="PATH", help="text files, or folders of .txt files (default: embedded corpus)")
+    train.add_argument("--out", metavar="FOLDER", help="run folder (default: runs/<preset>-<date>-<time>)")
+    train.add_argument("--prompt", default="The ", help="what the trained model continues at the end")
+    for title, kind in (("model", ModelConfig), ("data", DataConfig), ("train", TrainConfig)):
+        _add_fields(train, title, kind, skip={"checkpoint_dir", "max_length" if kind is ModelConfig else ""})
+
+    generate = commands.add_parser("generate", help="continue a prompt with a trained model")
+    generate.set_defaults(run=_generate)
+    _add_model(generate)
+    generate.add_argument("--prompt", default="", help="text to continue; '-' reads standard input (default: begin a document)")
+    for f in dataclasses.fields(SamplingParams):
+        many = {"nargs": "+"} if f.name == "stop" else {}
+        generate.add_argument(_flag(f.name), default=argparse.SUPPRESS, metavar="VALUE", help=f"default: {f.default}", **many)
+
+    evaluate = commands.add_parser("eval", help="nats per token and bits per byte on text")
+    evaluate.set_defaults(run=_eval)
+    _add_model(evaluate)
+    evaluate.add_argument("--data", nargs="+", metavar="PATH", required=True, help="text files, or folders of .txt files")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+
+    doctor = commands.add_parser("doctor", help="versions, devices, and which backend would serve each op")
+    doctor.set_defaults(run=_doctor)
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _add_fields(parser: argparse.ArgumentParser, title: str, kind: type, skip: set[str]) -> None:
+    group = parser.add_argument_group(f"{title} options")
+    for f in dataclasses.fields(kind):
+        if f.name in skip or _flag(f.name) in parser._option_string_actions:
+            continue  # a name that two classes share (seed) is one flag and goes to both
+        text = f.metadata["help"].replace("%", "%%")
+        default = "" if f.default is None else f" (default: {f.default})"
+        if f.type == "bool":
+            group.add_argument(_flag(f.name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text + default)
+        else:
+            group.add_argument(_flag(f.name), default=argparse.SUPPRESS, metavar="VALUE", help=text + default)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder that save() or `psann-fast train` wrote")
+    parser.add_argument("--backend", default="auto", help="auto, triton, native or torch")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+
+
+def _given(options: argparse.Namespace) -> presets.Settings:
+    """The options of the three configuration classes that stood on the command line."""
+    return {
+        section: {
+            f.name: configuration.coerced(kind, f.name, getattr(options, f.name))
+            for f in dataclasses.fields(kind)
+            if hasattr(options, f.name) and not (kind is ModelConfig and f.name == "max_length")
+        }
+        for section, kind in presets.SECTIONS.items()
+    }
+
+
+def _train(options: argparse.Namespace) -> int:
+    layers = [presets.load_preset(options.preset)]
+    if options.config is not None:
+        layers.append(presets.load_file(options.config))
+    chosen = presets.merged(*layers, _given(options))
+    folder = Path(options.out or chosen["train"].pop("checkpoint_dir", None) or time.strftime(f"runs/{options.preset}-%Y%m%d-%H%M%S"))
+    settings = configuration.build(TrainConfig, "train", {**chosen["train"], "checkpoint_dir": folder})
+    torch.manual_seed(settings.seed)
+    source = {"texts": default_corpus()} if options.data is None else {"paths": options.data}
+    data = psannLMDataPrep(**source, **chosen["data"])
+    model = psannLM(**chosen["model"])
+    model.fit(data, train_config=settings)
+
+    print(f"\n{options.prompt}", end="", flush=True)
+    for piece in model.stream(options.prompt, max_new_tokens=120, temperature=0.8, seed=settings.seed):
+        print(piece, end="", flush=True)
+    last = model.history_[-1]
+    validation = "" if last["val_loss"] is None else f", validation {last['val_loss']:.3f}"
+    print(f"\n\nloss {last['loss']:.3f}{validation} after {last['step']} steps, {last['tokens']:,} tokens, {last['seconds']:.0f} s")
+    print(f"run folder: {folder} (weights, config.yaml, tokenizer, metrics.csv, loss.png)")
+    print(f"more text:  psann-fast generate {folder} --prompt 'The '")
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    model = psannLM.load(options.model, backend=options.backend, device=options.device)
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    sampling: dict[str, Any] = {}
+    for f in dataclasses.fields(SamplingParams):
+        if hasattr(options, f.name):
+            value = getattr(options, f.name)
+            sampling[f.name] = value if f.name == "stop" else configuration.coerced_scalar(value)
+    print(prompt, end="", flush=True)
+    began, written = time.perf_counter(), ""
+    for piece in model.stream(prompt, **sampling):
+        written += piece
+        print(piece, end="", flush=True)
+    seconds = time.perf_counter() - began
+    tokens = len(model.tokenizer.encode(written))
+    print(f"\n\n[{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s]", file=sys.stderr)
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    model = psannLM.load(options.model, backend=options.backend, device=options.device)
+    result = model.score(read_paths(options.data))
+    if options.json:
+        print(json.dumps(result))
+    else:
+        for name, value in result.items():
+            print(f"{name:16} {value:,}" if isinstance(value, int) else f"{name:16} {value:.4f}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    found = report()
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for title in ("versions", "devices"):
+        print(title)
+        for name, value in found[title].items():
+            print(f"  {name:14} {value}")
+    print("backends, in the order in which backend='auto' asks them")
+    previous = None
+    for row in found["ops"]:
+        name = f"{row['op']} on {row['device']}"
+        print(f"  {name if name != previous else '':26} {row['backend']:7} {row['serves']:4} {row['reason']}")
+        previous = name
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""psannLM: the model as its users hold it. Fit, generate, score, save, load; no mathematics here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from psann_kernels.registry import check_backend
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from . import config as configuration
+from .config import ModelConfig, TrainConfig
+from .data import Examples, Tokenizer, pack, psannLMDataPrep, tokenizer_from_files
+from .generate.engine import Request, run
+from .generate.sampling import SamplingParams
+from .generate.text import TextStream
+from .integrations.upstream import convert
+from .models import build_model
+from .train import checkpoint
+from .train.precision import resolve_device
+from .train.run_folder import RunFolder
+from .train.trainer import evaluate, train
+
+_LOG = logging.getLogger("psann_fast")
+
+# Fields that say where and how a model runs on this machine; they are not saved with it.
+RUNTIME_FIELDS = ("backend", "device")
+
+
+class psannLM:
+    """A sine-activated causal language model.
+
+    Keywords are the fields of ModelConfig (`psannLM(d_model=256, n_layers=4)`), with `rope=` for `positional_encoding=` and
+    `sine_params=dict(freq_init=..., ...)` for the `sine_*` fields; or pass `config=ModelConfig(...)` alone.
+
+    module      the nn.Module; built on first use, once vocab_size is known (given here, or taken from the data by fit)
+    tokenizer   the tokenizer of the training data, or None
+    history_    rows of metrics of the last fit
+
+    Raises TypeError for an unknown option, ValueError for a value out of range.
+    """
+
+    def __init__(self, *, config: ModelConfig | None = None, **options: Any) -> None:
+        if config is not None and options:
+            raise TypeError(f"psannLM takes config= or options, not both; put {', '.join(sorted(options))} into the ModelConfig")
+        self.config = config if config is not None else configuration.build(ModelConfig, "psannLM", options)
+        self.tokenizer: Tokenizer | None = None
+        self.history_: list[dict[str, Any]] = []
+        self._module: nn.Module | None = None
+        self._has_warned_length = False
+
+    # -- the module ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def module(self) -> nn.Module:
+        """The nn.Module, on its device: `module(input_ids (B, T) int64, document_starts=None) -> logits (B, T, vocab_size)`.
+
+        Initialised from torch's random state on first access. Raises ValueError while vocab_size is unknown.
+        """
+        if self._module is None:
+            if self.config.vocab_size is None:
+                raise ValueError("vocab_size is None; pass vocab_size= to psannLM, or call fit, which takes it from the data")
+            device = resolve_device(self.config.device)
+            self._module = build_model(self.config).to(device).eval()
+        return self._module
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The options, as psannLM(**params) takes them. `deep` is there for scikit-learn's callers; nothing is nested."""
+        return {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
+
+    def set_params(self, **params: Any) -> psannLM:
+        """Change options; returns self. Once the module is built, only `backend`, `device` and `max_length` can change.
+
+        Raises TypeError for an unknown option, ValueError for one that would need another module.
+        """
+        known = configuration.option_names(ModelConfig)
+        for name in params:
+            if name not in known:
+                raise configuration.unknown_option("psannLM", name, known)
+        config = configuration.changed(self.config, **params)
+        if self._module is not None:
+            differs = [
+                f.name for f in dataclasses.fields(config)
+                if getattr(config, f.name) != getattr(self.config, f.name) and f.name not in (*RUNTIME_FIELDS, "max_length")
+            ]  # fmt: skip
+            if differs:
+                raise ValueError(f"set_params: {', '.join(differs)} cannot change once the module is built; make a new psannLM")
+            state = self._module.state_dict()
+            self._module = build_model(config)
+            self._module.load_state_dict(state)
+            self._module.to(resolve_device(config.device)).eval()
+        self.config = config
+        return self
+
+    # -- training -----------------------------------------------------------------------------------------------------------
+
+    def fit(
+        self, data: psannLMDataPrep, val_data: psannLMDataPrep | None = None, *, train_config: TrainConfig | None = None, **options: Any
+    ) -> psannLM:
+        """Train on `data`; returns self.
+
+        data       psannLMDataPrep; its tokenizer becomes the model's, its vocabulary and window fill in what was not given
+        val_data   validation data; default: data.val_dataset
+        options    fields of TrainConfig (epochs, batch_tokens, lr, max_steps, amp, checkpoint_dir, ...), or train_config= alone
+
+        A second fit continues from the present weights with a new optimizer and a new schedule; to restart, make a new psannLM.
+        With checkpoint_dir the folder receives the model (readable by load) every save_interval_steps and at the end, best/ at
+        each new lowest validation loss, config.yaml, metrics.csv and loss.png. The weights held afterwards are the last ones.
+
+        Raises TypeError for an unknown option or data of another type, ValueError for options that contradict the data or the
+        device, TrainingDiverged at NaN or infinity, OSError where the folder cannot be written.
+        """
+        if train_config is not None and options:
+            raise TypeError(f"fit takes train_config= or options, not both; put {', '.join(sorted(options))} into the TrainConfig")
+        settings = train_config if train_config is not None else configuration.build(TrainConfig, "fit", options)
+        for name, value in (("data", data), ("val_data", val_data)):
+            if not isinstance(value, psannLMDataPrep) and (name == "data" or value is not None):
+                raise TypeError(f"fit: {name} is a {type(value).__name__}; pass psannLMDataPrep(texts, ...)")
+        self._adopt(data)
+        if val_data is not None and not _is_same(val_data.tokenizer, data.tokenizer):
+            raise ValueError("fit: val_data has another tokenizer than data; pass psannLMDataPrep(texts, tokenizer=data.tokenizer)")
+        val_examples = val_data.dataset if val_data is not None else data.val_dataset
+        module = self.module
+        _LOG.info("training %s parameters on %s tokens", f"{module.num_parameters():,}", f"{data.train_tokens:,}")
+        folder = settings.checkpoint_dir
+        resolved = {"model": configuration.to_dict(self.config), "train": configuration.to_dict(settings)}
+        run_folder = None if folder is None else RunFolder(folder, {**resolved, "data": configuration.to_dict(data.config)})
+        places = {} if folder is None else {"last": Path(folder), "best": Path(folder) / "best"}
+        try:
+            self.history_ = train(
+                module, data.dataset, settings, val_examples=val_examples, run=run_folder,
+                save=(lambda name: self.save(places[name])) if places else None,
+            )  # fmt: skip
+        finally:
+            if run_folder is not None:
+                run_folder.close()
+        return self
+
+    def _adopt(self, data: psannLMDataPrep) -> None:
+        """Take tokenizer, vocabulary and window from the data, or say why they do not fit."""
+        if self.tokenizer is not None and not _is_same(self.tokenizer, data.tokenizer):
+            raise ValueError(
+                "fit: the model was trained with another tokenizer than this data has; "
+                "pass psannLMDataPrep(texts, tokenizer=model.tokenizer), or make a new psannLM"
+            )
+        if self.config.vocab_size is not None and self.config.vocab_size < data.vocab_size:
+            raise ValueError(
+                f"fit: vocab_size is {self.config.vocab_size}, but the data has {data.vocab_size} token ids; "
+                f"pass vocab_size={data.vocab_size} or more to psannLM"
+            )
+        fill = {}
+        if self.config.vocab_size is None:
+            fill["vocab_size"] = data.vocab_size
+        if self.config.max_length is None:
+            fill["max_length"] = data.dataset.window
+        if fill:
+            self.set_params(**fill)
+        self.tokenizer = data.tokenizer
+
+    def score(self, texts: Iterable[str]) -> dict[str, float]:
+        """How well the model predicts held-out texts: nats_per_token, bits_per_byte (UTF-8), perplexity, tokens, bytes.
+
+        Every token of every text is predicted once, from the tokens of its own text in windows of max_length; a text's first
+        token from the separator alone. Raises ValueError without texts or without a tokenizer.
+        """
+        tokenizer = self._needs_tokenizer("score")
+        if isinstance(texts, str):
+            raise ValueError("score: texts is one str; pass a list of texts")
+        texts = [text for text in texts if text]
+        if not texts:
+            raise ValueError("score: texts holds no text; pass at least one non-empty str")
+        documents = tokenizer.encode_batch(texts)
+        tokens, size = sum(map(len, documents)), sum(len(text.encode()) for text in texts)
+        stream = pack(documents, tokenizer.eos_id, tokenizer.vocab_size)
+        window = min(self.config.max_length or 256, len(stream) - 1)
+        examples = Examples(stream, window, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+        nats = evaluate(self.module, examples, max(1, 8192 // window), count_separators=False)
+        return {
+            "nats_per_token": nats,
+            "bits_per_byte": nats * tokens / size / math.log(2),
+            "perplexity": math.exp(min(nats, 700.0)),
+            "tokens": tokens,
+            "bytes": size,
+        }
+
+    # -- generation ---------------------------------------------------------------------------------------------------------
+
+    def generate(self, prompt: str, **options: Any) -> str:
+        """The text that the model writes after `prompt` (without the prompt).
+
+        Options: max_new_tokens=128, temperature=1.0, top_k=None, top_p=0.9, min_p=None, repetition_penalty=None, stop=None,
+        seed=None; see SamplingParams. The text ends at max_new_tokens, a stop string or the end of the document. An empty prompt
+        begins a document. Raises TypeError or ValueError for wrong options.
+        """
+        return self.generate_batch([prompt], **options)[0]
+
+    def generate_batch(self, prompts: Sequence[str], **options: Any) -> list[str]:
+        """One text for each prompt, lengths mixed at will; options as generate. With a seed, prompt i draws with seed + i,
+        so equal prompts differ and a text does not depend on its neighbours."""
+        requests = self._requests("generate_batch", prompts, options)
+        for _ in run(self.module, requests, self.tokenizer.eos_id):
+            pass
+        return [request.text.text for request in requests]
+
+    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+        """The text of generate in pieces, as soon as each is certain (no character is split). Options as generate."""
+        requests = self._requests("stream", [prompt], options)
+        return (piece for _, piece in run(self.module, requests, self.tokenizer.eos_id) if piece)
+
+    def _requests(self, caller: str, prompts: Sequence[str], options: Mapping[str, Any]) -> list[Request]:
+        tokenizer = self._needs_tokenizer(caller)
+        known = [f.name for f in dataclasses.fields(SamplingParams)]
+        for name in options:
+            if name not in known:
+                raise configuration.unknown_option(caller, name, known)
+        params = SamplingParams(**options)
+        if isinstance(prompts, str):
+            raise ValueError("generate_batch: prompts is one str; pass a list of prompts, or call generate")
+        # Without a seed the draw still follows torch.manual_seed.
+        seed = int(torch.randint(1 << 62, ())) if params.seed is None else params.seed
+        requests = []
+        for index, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise ValueError(f"{caller}: prompt {index} is a {type(prompt).__name__}; it must be a str")
+            tokens = tokenizer.encode(prompt) or [tokenizer.eos_id]
+            text = TextStream(tokenizer.decode_bytes, params.stop_strings)
+            requests.append(Request(index, tokens, params, (seed + index) % (1 << 63), text))
+        self._warn_beyond_window(max((r.longest for r in requests), default=0))
+        return requests
+
+    def _warn_beyond_window(self, longest: int) -> None:
+        window = self.config.max_length
+        if window is not None and longest > window and not self._has_warned_length:
+            self._has_warned_length = True
+            warnings.warn(
+                f"generating up to {longest} tokens with a model trained on windows of {window}: the text may degrade beyond them "
+                "(said once per model)",
+                stacklevel=5,
+            )
+
+    def _needs_tokenizer(self, caller: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(f"{caller}: the model has no tokenizer yet; call fit first, load a saved model, or set model.tokenizer")
+        return self.tokenizer
+
+    # -- persistence --------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write weights, configuration and tokenizer into the folder `path`, replacing a model saved there as a whole.
+
+        Files: safetensors, JSON, the tokenizer's own; manifest.json with checksums comes last, so that an interrupted save leaves
+        the old model. `backend` and `device` are not saved. Raises OSError where the folder cannot be written.
+        """
+        module = self.module
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+        if self.config.tie_embeddings:
+            del state["lm_head.weight"]  # the embedding's own memory, which safetensors refuses to store twice
+        saved = {name: value for name, value in configuration.to_dict(self.config).items() if name not in RUNTIME_FIELDS}
+        tokenizer_files = {} if self.tokenizer is None else self.tokenizer.to_files()
+        described = json.dumps({"model": saved, "tokenizer": list(tokenizer_files)}, indent=2) + "\n"
+        parts: dict[str, Callable[[Path], object]] = {
+            "model.safetensors": lambda target: save_file(state, target, metadata={"format": "pt"}),
+            "config.json": lambda target: target.write_text(described, encoding="utf-8"),
+        }
+        for name, content in tokenizer_files.items():
+            parts[name] = lambda target, content=content: target.write_bytes(content)
+        checkpoint.write(path, parts)
+
+    @classmethod
+    def load(cls, path: str | Path, *, backend: str = "auto", device: str = "auto") -> psannLM:
+        """The model that save wrote into the folder `path`, verified before anything is built; nothing in it is executed.
+
+        Raises CheckpointError for a missing, damaged or foreign folder.
+        """
+        resolve_device(device)
+        check_backend(backend, "psannLM.load")
+        files = checkpoint.read(path)
+        try:
+            described = json.loads(files["config.json"].read_text(encoding="utf-8"))
+            weights = load_file(files["model.safetensors"])
+            model = cls(config=_saved_config(described["model"], weights, backend, device))
+            with torch.random.fork_rng():  # building draws initial weights, which must not move the caller's random state
+                model.module.load_state_dict(weights)
+            if described["tokenizer"]:
+                model.tokenizer = tokenizer_from_files({name: files[name].read_bytes() for name in described["tokenizer"]})
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise checkpoint.CheckpointError(f"{path} does not hold a usable model: {error}; load another checkpoint") from error
+        return model
+
+    @classmethod
+    def from_psannlm(cls, source: Any, *, backend: str = "auto", device: str = "auto") -> psannLM:
+        """A psannlm 2.0.1 transformer, or fitted psannlm estimator, in memory as a psannLM with the same logits.
+
+        Its tokenizer does not come along (it does not give back what it is given): set `model.tokenizer` before generating.
+        Raises TypeError and ValueError as integrations.upstream.convert.
+        """
+        config, state = convert(source)
+        model = cls(config=configuration.changed(config, backend=backend, device=device))
+        model.module.load_state_dict(state)
+        return model
+
+
+def _saved_config(options: Mapping[str, Any], weights: dict[str, torch.Tensor], backend: str, device: str) -> ModelConfig:
+    """The saved configuration, after making sure that it describes these weights, so that nothing absurd is built. A tied
+    output projection is added to `weights`. Raises ValueError or TypeError."""
+    config = configuration.build(ModelConfig, "the saved model", {**options, "backend": backend, "device": device})
+    if config.n_layers > len(weights):
+        raise ValueError(f"n_layers is {config.n_layers}, but the weights hold only {len(weights)} tensors")
+    if config.tie_embeddings:
+        weights["lm_head.weight"] = weights["embed.weight"]
+    with torch.device("meta"):
+        expected = build_model(config).state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights or name not in expected or weights[name].shape != expected[name].shape:
+            raise ValueError(f"the tensor {name} is missing, unknown, or of another shape than the configuration says")
+    return config
+
+
+def _is_same(one: Tokenizer, other: Tokenizer) -> bool:
+    return one is other or one.to_files() == other.to_files()
