@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Collection, Iterator
+from typing import Any, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ class DampedSine(nn.Module):
     amplitude, frequency, damping   initial values; amplitude and damping as in the op, frequency in radians per unit of z
     amplitude_std, frequency_std, damping_std   spread of the initial values over the features (normal, kept positive)
     learnable       which of "amplitude", "frequency", "damping" are trained
+    bounds          name -> (least, largest), either None: the positive value is clamped, and learns only inside
     mode            "abs", "relu" or "none": what the damping multiplies
     backend         "auto", "triton", "native" or "torch"
 
@@ -41,6 +42,7 @@ class DampedSine(nn.Module):
         frequency_std: float = 0.0,
         damping_std: float = 0.0,
         learnable: Collection[str] = ("amplitude", "frequency", "damping"),
+        bounds: Mapping[str, tuple[float | None, float | None]] | None = None,
         mode: str = "abs",
         backend: str = "auto",
     ) -> None:
@@ -48,13 +50,15 @@ class DampedSine(nn.Module):
         for name, value in (("amplitude", amplitude), ("frequency", frequency), ("damping", damping)):
             if not value > 0:
                 raise ValueError(f"DampedSine: {name} is {value!r}; it must be above 0, since it is kept positive by softplus")
-        unknown = set(learnable) - {"amplitude", "frequency", "damping"}
-        if unknown:
-            raise ValueError(f"DampedSine: learnable names {sorted(unknown)}; choose among 'amplitude', 'frequency', 'damping'")
+        for option, names in (("learnable", learnable), ("bounds", bounds or ())):
+            unknown = set(names) - {"amplitude", "frequency", "damping"}
+            if unknown:
+                raise ValueError(f"DampedSine: {option} names {sorted(unknown)}; choose among 'amplitude', 'frequency', 'damping'")
         if mode not in MODES:
             raise ValueError(f"DampedSine: mode is {mode!r}; choose one of {', '.join(map(repr, MODES))}")
         check_backend(backend, "DampedSine")
         self.features, self.mode, self.backend = features, mode, backend
+        self.bounds = dict(bounds or {})
         self._A = nn.Parameter(_raw(amplitude, amplitude_std, features), requires_grad="amplitude" in learnable)
         self._f = nn.Parameter(_raw(frequency, frequency_std, features, FREQUENCY_FLOOR), requires_grad="frequency" in learnable)
         self._d = nn.Parameter(_raw(damping, damping_std, features), requires_grad="damping" in learnable)
@@ -63,7 +67,10 @@ class DampedSine(nn.Module):
         """(amplitude, frequency, damping), each (F,), float32 (float64 in a float64 module)."""
         wide = torch.promote_types(self._A.dtype, torch.float32)
         amplitude, frequency, damping = (F.softplus(t.to(wide)) for t in (self._A, self._f, self._d))
-        return amplitude, frequency + FREQUENCY_FLOOR, damping
+        values = {"amplitude": amplitude, "frequency": frequency + FREQUENCY_FLOOR, "damping": damping}
+        for name, (least, largest) in self.bounds.items():
+            values[name] = values[name].clamp(least, largest)
+        return values["amplitude"], values["frequency"], values["damping"]
 
     def forward(self, z: Tensor) -> Tensor:
         """z (..., F) -> (..., F) in z's dtype."""
