@@ -63,9 +63,9 @@ class psannLMDataPrep:
         self.tokenizer_backend = self.tokenizer.name
         self.vocab_size = self.tokenizer.vocab_size
         self.pad_id, self.eos_id = self.tokenizer.pad_id, self.tokenizer.eos_id
-        self.dataset = self._examples(train_texts, self.config.max_length)
+        self.dataset = self._examples(train_texts, self.config.max_length, "training text")
         # Not longer than the training windows, beyond which the model has seen no position.
-        self.val_dataset = self._examples(self.val_texts, self.dataset.window) if self.val_texts else None
+        self.val_dataset = self._examples(self.val_texts, self.dataset.window, "validation text") if self.val_texts else None
         self.train_tokens = self.dataset.target_tokens
         self.val_tokens = self.val_dataset.target_tokens if self.val_dataset else 0
         self.train_bytes, self.val_bytes = _bytes_in(train_texts), _bytes_in(self.val_texts)
@@ -80,9 +80,11 @@ class psannLMDataPrep:
             f"{self.vocab_size} ids, {self.train_tokens} training and {self.val_tokens} validation tokens)"
         )
 
-    def _examples(self, texts: Sequence[str], max_length: int) -> Examples:
+    def _examples(self, texts: Sequence[str], max_length: int, name: str) -> Examples:
         stream = pack(self.tokenizer.encode_batch(texts), self.eos_id, self.vocab_size)
-        return Examples(stream, max_length, eos_id=self.eos_id, pad_id=self.pad_id, pack=self.config.pack_sequences)
+        return Examples(
+            stream, max_length, eos_id=self.eos_id, pad_id=self.pad_id, pack=self.config.pack_sequences, name=name
+        )
 
 
 def _make_tokenizer(config: DataConfig, train_texts: Sequence[str]) -> Tokenizer:

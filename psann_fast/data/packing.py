@@ -48,6 +48,7 @@ class Examples(torch.utils.data.Dataset):
     max_length   tokens of a window, T; a shorter stream (not packed: a shorter longest document) shrinks it, and the log says so
     eos_id       the separator; wherever it stands, a document ends
     pad_id       fills the rest of a window; each such token is a document of its own, and its target is IGNORED
+    name         what the log calls the stream
     pack         True: windows lie end to end. False: every document, with the separator before it, has windows of its own
 
     Example i is a dict of
@@ -59,7 +60,7 @@ class Examples(torch.utils.data.Dataset):
     does not begin and end with eos_id, and one without a text.
     """
 
-    def __init__(self, stream: np.ndarray, max_length: int, *, eos_id: int, pad_id: int, pack: bool = True) -> None:
+    def __init__(self, stream: np.ndarray, max_length: int, *, eos_id: int, pad_id: int, pack: bool = True, name: str = "text") -> None:
         if max_length < 1:
             raise ValueError(f"Examples: max_length is {max_length}; a window has at least 1 token")
         if stream.ndim != 1 or stream.dtype.kind not in "iu":
@@ -77,9 +78,9 @@ class Examples(torch.utils.data.Dataset):
         self.window = min(max_length, longest)
         if self.window < max_length:
             LOGGER.warning(
-                "the %s has %d tokens, fewer than max_length %d: windows have %d tokens",
-                "text" if pack else "longest document", longest, max_length, self.window,
-            )
+                "the %s has %d tokens, fewer than a window of %d: its windows have %d tokens",
+                name if pack else f"longest document of the {name}", longest, max_length, self.window,
+            )  # fmt: skip
         if pack:
             self._length = -(-self.target_tokens // self.window)
         else:
@@ -114,7 +115,7 @@ class Examples(torch.utils.data.Dataset):
         if self.is_packed:
             starts = indices * self.window
             counts = np.minimum(self.window, ring - starts)
-            places = (starts + offset)[:, None] + steps
+            places = ((starts + offset) % ring)[:, None] + steps
             places[places >= ring] -= ring
         else:
             starts = self._starts[indices]
