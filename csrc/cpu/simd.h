@@ -1,0 +1,230 @@
+// Vectors of WIDTH floats in GCC's and Clang's vector extensions, so that one source serves every instruction set.
+//
+// A file that includes this is compiled once per instruction set, with that set's flags and its own PSANN_NAMESPACE. All helpers
+// are static: an inline function with external linkage, compiled for AVX-512 in one object and for plain x86-64 in another,
+// would be merged by the linker, and a machine without AVX-512 could run the wrong one. For the same reason these files use no
+// templates of the standard library.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+// A test may ask for 16 lanes without AVX-512: the compiler then makes each vector of two, and the code is otherwise the same.
+#if defined(PSANN_LANES)
+#elif defined(__AVX512F__)
+#define PSANN_LANES 16
+#elif defined(__AVX2__)
+#define PSANN_LANES 8
+#else
+#define PSANN_LANES 4
+#endif
+#if defined(__AVX512F__) && PSANN_LANES == 16
+#define PSANN_AVX512 1
+#endif
+#if defined(__AVX2__) && PSANN_LANES == 8
+#define PSANN_AVX2 1
+#endif
+
+namespace PSANN_NAMESPACE {
+
+constexpr int WIDTH = PSANN_LANES;
+
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool HAS_FMA = true;
+#else
+constexpr bool HAS_FMA = false;
+#endif
+
+typedef float Float __attribute__((vector_size(WIDTH * 4)));
+typedef int32_t Int __attribute__((vector_size(WIDTH * 4)));
+typedef uint32_t Uint __attribute__((vector_size(WIDTH * 4)));
+typedef double Double __attribute__((vector_size(WIDTH * 8)));
+typedef int64_t Long __attribute__((vector_size(WIDTH * 8)));
+typedef uint16_t Short __attribute__((vector_size(WIDTH * 2)));
+typedef int8_t Byte __attribute__((vector_size(WIDTH)));
+
+// The same vectors wherever they lie in memory.
+typedef float FloatAnywhere __attribute__((vector_size(WIDTH * 4), aligned(1), may_alias));
+typedef uint16_t ShortAnywhere __attribute__((vector_size(WIDTH * 2), aligned(1), may_alias));
+typedef int8_t ByteAnywhere __attribute__((vector_size(WIDTH), aligned(1), may_alias));
+
+// Storage types; a plain uint16_t could be either half.
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+INLINE Float all(float x) { return Float{} + x; }
+
+INLINE Float load(const float* p) { return *reinterpret_cast<const FloatAnywhere*>(p); }
+INLINE void store(float* p, Float x) { *reinterpret_cast<FloatAnywhere*>(p) = x; }
+
+// a * b + c, rounded once where HAS_FMA, else twice.
+INLINE Float fma(Float a, Float b, Float c) {
+#if defined(__aarch64__)
+    static_assert(WIDTH == 4, "NEON has four lanes");
+    return (Float)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#elif defined(PSANN_AVX512)
+    return (Float)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(PSANN_AVX2)
+    return (Float)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__FMA__)
+    union Halves { Float whole; __m256 half[2]; } x{a}, y{b}, z{c};
+    z.half[0] = _mm256_fmadd_ps(x.half[0], y.half[0], z.half[0]);
+    z.half[1] = _mm256_fmadd_ps(x.half[1], y.half[1], z.half[1]);
+    return z.whole;
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE Float abs(Float x) { return (Float)((Int)x & 0x7fffffff); }
+INLINE Float min(Float a, Float b) { return a < b ? a : b; }
+INLINE Float max(Float a, Float b) { return a > b ? a : b; }
+
+// True if a < b in every lane; a NaN is never below.
+INLINE bool all_below(Float a, Float b) {
+#if defined(PSANN_AVX512)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ) == 0xffff;
+#elif defined(PSANN_AVX2)
+    return _mm256_movemask_ps((__m256)(a < b)) == 0xff;
+#else
+    Int below = a < b;
+    int every = -1;
+    for (int i = 0; i < WIDTH; i++) every &= below[i];
+    return every != 0;
+#endif
+}
+
+// The sum of the lanes, in a fixed tree.
+INLINE float sum(Float x) {
+    for (int step = WIDTH / 2; step > 0; step /= 2)
+        for (int i = 0; i < step; i++) x[i] += x[i + step];
+    return x[0];
+}
+
+INLINE float maximum(Float x) {
+    for (int step = WIDTH / 2; step > 0; step /= 2)
+        for (int i = 0; i < step; i++) x[i] = x[i] > x[i + step] ? x[i] : x[i + step];
+    return x[0];
+}
+
+INLINE Short shorts(Uint x) {
+    // x is below 2^16 in every lane; gcc's own conversion would mask first.
+#if defined(PSANN_AVX512)
+    return (Short)_mm512_cvtepi32_epi16((__m512i)x);
+#elif defined(PSANN_AVX2)
+    return (Short)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+#else
+    return __builtin_convertvector(x, Short);
+#endif
+}
+
+INLINE Float widen_bf16(Short h) { return (Float)(__builtin_convertvector(h, Uint) << 16); }
+
+INLINE Short narrow_bf16(Float x) {
+    Uint bits = (Uint)x;
+    Uint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return shorts(x == x ? rounded : Uint{} + 0x7fc0);
+}
+
+INLINE Float widen_fp16(Short h) {
+#if defined(PSANN_AVX512)
+    return (Float)_mm512_cvtph_ps((__m256i)h);
+#elif defined(PSANN_AVX2)
+    return (Float)_mm256_cvtph_ps((__m128i)h);
+#else
+    // The fraction and exponent move into place; the product with 2^112 corrects the exponent and normalizes denormals.
+    Uint wide = __builtin_convertvector(h, Uint);
+    Uint magnitude = (wide & 0x7fff) << 13;
+    Uint scaled = (Uint)((Float)magnitude * 0x1p112f);
+    scaled = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : scaled;
+    return (Float)(scaled | ((wide & 0x8000) << 16));
+#endif
+}
+
+INLINE Short narrow_fp16(Float x) {
+#if defined(PSANN_AVX512)
+    return (Short)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(PSANN_AVX2)
+    return (Short)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+    Uint bits = (Uint)x, magnitude = bits & 0x7fffffff;
+    // Below 2^-14 the sum with 0.5 rounds to a multiple of 2^-24, the step of half denormals.
+    Uint denormal = (Uint)((Float)magnitude + 0.5f) - 0x3f000000u;
+    Uint normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1)) >> 13;
+    Uint result = magnitude < 0x38800000u ? denormal : normal;
+    result = magnitude >= 0x47800000u ? Uint{} + 0x7c00 : result;
+    result = magnitude > 0x7f800000u ? Uint{} + 0x7e00 : result;
+    return shorts(result | ((bits >> 16) & 0x8000));
+#endif
+}
+
+INLINE Float load(const bf16* p) { return widen_bf16(*reinterpret_cast<const ShortAnywhere*>(p)); }
+INLINE Float load(const fp16* p) { return widen_fp16(*reinterpret_cast<const ShortAnywhere*>(p)); }
+INLINE void store(bf16* p, Float x) { *reinterpret_cast<ShortAnywhere*>(p) = narrow_bf16(x); }
+INLINE void store(fp16* p, Float x) { *reinterpret_cast<ShortAnywhere*>(p) = narrow_fp16(x); }
+
+// The first `count` lanes, the rest 0; count < WIDTH. Never touches memory past the last of them.
+template <class T> INLINE Float load(const T* p, int64_t count) {
+    T lanes[WIDTH] = {};
+    for (int64_t i = 0; i < count; i++) lanes[i] = p[i];
+    return load(lanes);
+}
+template <class T> INLINE void store(T* p, Float x, int64_t count) {
+    T lanes[WIDTH];
+    store(lanes, x);
+    for (int64_t i = 0; i < count; i++) p[i] = lanes[i];
+}
+
+// What a stored and reloaded x would be.
+INLINE Float rounded(Float x, const float*) { return x; }
+INLINE Float rounded(Float x, const bf16*) { return widen_bf16(narrow_bf16(x)); }
+INLINE Float rounded(Float x, const fp16*) { return widen_fp16(narrow_fp16(x)); }
+
+INLINE float scalar(float x) { return x; }
+INLINE float scalar(bf16 x) { return load(&x, 1)[0]; }
+INLINE float scalar(fp16 x) { return load(&x, 1)[0]; }
+
+// Past the caches: saves reading the lines that are about to be overwritten. Only for aligned p, and followed by stream_end().
+INLINE bool can_stream(const void* p, size_t vector_bytes) {
+#if defined(__AVX__)
+    return reinterpret_cast<uintptr_t>(p) % vector_bytes == 0;
+#else
+    (void)p, (void)vector_bytes;
+    return false;
+#endif
+}
+INLINE void stream(float* p, Float x) {
+#if defined(PSANN_AVX512)
+    _mm512_stream_ps(p, (__m512)x);
+#elif defined(PSANN_AVX2)
+    _mm256_stream_ps(p, (__m256)x);
+#else
+    store(p, x);
+#endif
+}
+INLINE void stream_shorts(void* p, Short x) {
+#if defined(PSANN_AVX512)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)x);
+#elif defined(PSANN_AVX2)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)x);
+#else
+    *reinterpret_cast<ShortAnywhere*>(p) = x;
+#endif
+}
+INLINE void stream(bf16* p, Float x) { stream_shorts(p, narrow_bf16(x)); }
+INLINE void stream(fp16* p, Float x) { stream_shorts(p, narrow_fp16(x)); }
+INLINE void stream_end() {
+#if defined(__AVX__)
+    _mm_sfence();
+#endif
+}
+
+}  // namespace PSANN_NAMESPACE
