@@ -1,0 +1,1 @@
+"""Benchmarks: every figure that README or bench/results states comes from a command here."""

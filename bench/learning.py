@@ -1,0 +1,163 @@
+"""How well the bases learn: nanoGPT's CPU recipe on Shakespeare's characters.
+
+    python -m bench.learning --data tinyshakespeare.txt [--nanogpt CHECKOUT] [--seeds 3]
+
+4 layers, 4 heads, d_model 128, windows of 64 characters, 12 of them a step, 2000 steps, dropout 0, learning rate 1e-3 with 100
+steps of warmup; d_mlp 512, or 448 for waveresnet, whose wave branch takes the difference; the rest are the library's
+defaults. Judged by nats per character over the whole validation part (the last tenth) in windows of 64.
+
+The text is the corpus of char-rnn and nanoGPT, 1,115,394 bytes: data/tinyshakespeare/input.txt of the repository
+karpathy/char-rnn. `--nanogpt` names a checkout of karpathy/nanoGPT, whose own model then runs beside ours with its recipe's settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from psann_fast import psannLM, psannLMDataPrep, register_base
+from psann_fast.config import ModelConfig
+from psann_fast.models import LanguageModel
+from psann_fast.models.respsann import ResPSANNBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .conditions import RESULTS, conditions, table, write_results
+
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+WINDOW, ROWS, STEPS, RATE, WARMUP = 64, 12, 2000, 1e-3, 100
+SIZE = dict(n_layers=4, n_heads=4, d_model=128)
+MODELS = {
+    "respsann": dict(base="respsann", d_mlp=512),
+    "waveresnet": dict(base="waveresnet", d_mlp=448),
+    "respsann, frequency 1": dict(base="respsann", d_mlp=512, sine_params=dict(freq_init=1.0)),
+    "GELU twin": dict(base="gelu-twin", d_mlp=512),
+}
+
+
+class GELUBlock(ResPSANNBlock):
+    """The respsann block with GELU in place of the damped sine."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.mlp.act = nn.GELU()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", required=True, type=Path, help="tinyshakespeare.txt, 1,115,394 bytes")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT, to run its model beside ours")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds for each model (default 3)")
+    parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
+    parser.add_argument("--out", type=Path, default=RESULTS / "learning.jsonl")
+    options = parser.parse_args()
+    text = read_corpus(options.data)
+    register_base("gelu-twin", lambda config: LanguageModel(config, GELUBlock))
+
+    rows = []
+    for seed in range(options.seeds):
+        if options.nanogpt is not None:
+            rows.append(run_nanogpt(options.nanogpt, text, seed))
+        rows += [run_ours(name, text, seed) for name in options.models]
+    summary = summarise(rows)
+    write_results(options.out, rows + summary)
+    print(f"\n{conditions()}\n")
+    print(table(summary))
+
+
+def read_corpus(path: Path) -> str:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != SHA256:
+        raise SystemExit(f"{path} is not the tinyshakespeare corpus (sha256 {SHA256}); see the head of bench/learning.py for where to get it")
+    return content.decode()
+
+
+def run_ours(name: str, text: str, seed: int) -> dict[str, Any]:
+    data = psannLMDataPrep([text], tokenizer="simple", max_length=WINDOW, val_split=0.1)
+    torch.manual_seed(seed)
+    model = psannLM(**SIZE, **MODELS[name])
+    examples_a_epoch = len(data) // ROWS
+    began = time.perf_counter()
+    model.fit(
+        data, epochs=1 + STEPS // examples_a_epoch, max_steps=STEPS, batch_tokens=WINDOW * ROWS, lr=RATE, warmup_steps=WARMUP, seed=seed
+    )
+    seconds = time.perf_counter() - began
+    characters = len(data.used_ids) - 1  # the separator is not one
+    unused = data.vocab_size - characters
+    return {
+        "model": name,
+        "seed": seed,
+        "nats_per_character": judge(model.module, torch.tensor(data.tokenizer.encode(data.val_texts[0]))),
+        "seconds": seconds,
+        # Embedding and head rows of ids that no training character uses (bytes, separator, padding) are left out.
+        "parameters": model.module.num_parameters() - 2 * unused * SIZE["d_model"],
+    }
+
+
+def run_nanogpt(checkout: Path, text: str, seed: int) -> dict[str, Any]:
+    spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    number = {c: i for i, c in enumerate(sorted(set(text)))}
+    ids = torch.tensor([number[c] for c in text])
+    train, validation = ids[: int(0.9 * len(ids))], ids[int(0.9 * len(ids)) :]
+    torch.manual_seed(seed)
+    model = theirs.GPT(theirs.GPTConfig(WINDOW, len(number), SIZE["n_layers"], SIZE["n_heads"], SIZE["d_model"], dropout=0.0, bias=False))
+    optimizer = model.configure_optimizers(0.1, RATE, (0.9, 0.99), "cpu")
+    began = time.perf_counter()
+    for step in range(STEPS):
+        at = torch.randint(len(train) - WINDOW, (ROWS,))
+        x, y = (torch.stack([train[i + shift : i + shift + WINDOW] for i in at]) for shift in (0, 1))
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP)))
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * (step + 1) / (WARMUP + 1) if step < WARMUP else RATE * (0.1 + 0.9 * cosine)
+        loss = model(x, y)[1]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 200 == 0:
+            print(f"nanoGPT seed {seed}: step {step} loss {loss.item():.3f}", flush=True)
+    seconds = time.perf_counter() - began
+    model.eval()
+    nats = judge(lambda windows: model(windows, windows)[0], validation)
+    return {"model": "nanoGPT", "seed": seed, "nats_per_character": nats, "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+@torch.no_grad()
+def judge(logits_of: Any, ids: Tensor) -> float:
+    """Nats per character over all whole windows of `ids`, each judged alone."""
+    count = (len(ids) - 1) // WINDOW
+    inputs, targets = ids[: count * WINDOW].view(count, WINDOW), ids[1 : count * WINDOW + 1].view(count, WINDOW)
+    total = sum(
+        F.cross_entropy(logits_of(x).flatten(0, 1), y.flatten(), reduction="sum").item()
+        for x, y in zip(inputs.split(128), targets.split(128))
+    )
+    return total / (count * WINDOW)
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    summary = []
+    for name in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == name]
+        losses = [row["nats_per_character"] for row in mine]
+        summary.append({
+            "model": name,
+            "seeds": len(mine),
+            "mean": statistics.mean(losses),
+            "worst": max(losses),
+            "seconds (median)": statistics.median(row["seconds"] for row in mine),
+            "parameters": mine[0]["parameters"],
+        })  # fmt: skip
+    return summary
+
+
+if __name__ == "__main__":
+    main()
