@@ -171,6 +171,8 @@ class Tokenizer(abc.ABC):
 
 def tokenizer_from_files(files: Mapping[str, bytes]) -> Tokenizer:
     """The tokenizer whose `to_files` gave `files`. Raises ValueError, naming the file, if they are damaged."""
+    if DESCRIPTION not in files:
+        raise ValueError(f"there is no {DESCRIPTION} among the tokenizer's files {sorted(files)}")
     description = _description(files[DESCRIPTION])
     tokenizer = tokenizer_class(description["name"]).from_files(files, description)
     for field in ("vocab_size", "pad_id", "eos_id"):

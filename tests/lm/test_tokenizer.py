@@ -313,6 +313,8 @@ def test_damaged_files_are_refused(tokenizer, tmp_path):
             description.write_text(json.dumps({**good, "characters": characters}))
             with pytest.raises(ValueError, match="characters"):
                 Tokenizer.load(tmp_path)
+    with pytest.raises(ValueError, match="no psann_tokenizer.json among"):
+        tokenizer_from_files({"tokenizer.json": b"{}"})
     description.unlink()
     with pytest.raises(FileNotFoundError, match="psann_tokenizer.json is missing"):
         Tokenizer.load(tmp_path)
