@@ -12,10 +12,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 # Triton reads this variable when a kernel is decorated, so the switch is fixed for the process, like the kernels.
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 INTERPRET = tl.constexpr(IS_INTERPRETED)
+
+# NVIDIA's special function unit gives a sine in two instructions; AMD's libdevice has none, the interpreter no libdevice.
+HAS_FAST_SINE = tl.constexpr(not IS_INTERPRETED and torch.version.hip is None)
+
+TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,12 @@ class Configuration:
     targets: tuple[str, ...] | None = None
 
 
-# frequency / 2 pi is kept as two float32, so that the product with z is never rounded (KERNELS: "reduce in turns").
-_TURNS_HIGH = tl.constexpr(0.15915493667125702)  # float32(1 / 2 pi)
-_TURNS_LOW = tl.constexpr(6.420638326565253e-09)  # 1 / 2 pi - float32(1 / 2 pi)
+# frequency / 2 pi is kept as two float32, so that the product with z is never rounded (KERNELS: "reduce in turns"). The high part is
+# the float32 below the nearest one: then the low part has the sign of the frequency whatever the product's rounding, and z = -0.0
+# gives -0.0, where parts of opposite signs would add to +0.0.
+_TURNS_HIGH = tl.constexpr(0.15915492177009583)
+_TURNS_LOW = tl.constexpr(2.1321799437146183e-08)  # 1 / 2 pi - _TURNS_HIGH
+_ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 # sin(2 pi r) / r on |r| <= 1/4 as a polynomial in r^2, least maximal relative error (5.3e-9, found by iterated weighted
@@ -76,7 +85,7 @@ def widen(x):
 
 @triton.jit
 def split_turns(frequency):
-    """frequency / 2 pi as (high, low), two float32 whose sum carries about 48 bits."""
+    """frequency / 2 pi as (high, low), two float32 of one sign whose sum carries about 46 bits."""
     high = frequency * _TURNS_HIGH
     low = tl.fma(frequency, _TURNS_LOW, tl.fma(frequency, _TURNS_HIGH, -high))
     return high, low
@@ -84,11 +93,12 @@ def split_turns(frequency):
 
 @triton.jit
 def turns_of(z, high, low):
-    """frequency * z in turns, less the nearest whole number: in [-0.5, 0.5]."""
-    n = tl.floor(z * high + 0.5)
-    r = tl.fma(z, low, tl.fma(z, high, -n))
-    # Where |z * high| exceeds 2^23, n is as coarse as the product and r may be many turns: take those off too.
-    return r - tl.floor(r + 0.5)
+    """frequency * z in turns, less the nearest whole number: in [-0.65, 0.65], as `low` may carry it past a half."""
+    # Adding 1.5 * 2^23 leaves no bits for a fraction, so what comes back is the nearest whole number, up to 2^22 turns.
+    n = tl.fma(z, high, _ROUNDER) - _ROUNDER
+    r = tl.fma(z, low, tl.fma(z, high, n * -1.0))
+    # Beyond, r may be any number; a sine of it may be any too, but never above 1 or NaN. NaN and infinities give NaN.
+    return tl.clamp(r, -0.65, 0.65, tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -102,16 +112,23 @@ def _sine_of_quarter(r):
 
 
 @triton.jit
-def sine_of_turns(r):
-    """sin(2 pi r) for |r| <= 0.5, absolute error below 1.6e-7."""
+def sine_of_turns(r, dtype: tl.constexpr = tl.float32):
+    """sin(2 pi r) for |r| <= 0.65, absolute error below 1.6e-7; below 5.1e-7 (2^-20.9) where `dtype`, to which the caller rounds,
+    is half precision and the GPU has an instruction for it. Either way the relative error stays small near r = 0."""
+    if HAS_FAST_SINE and dtype != tl.float32:
+        # The instruction's error is absolute, and it flushes denormals; below 2^-7, x itself is within 1.1e-5 of its sine.
+        x = r * _S0
+        return tl.where(tl.abs(x) < 0.0078125, x, libdevice.fast_sinf(x))
     # Beyond a quarter turn the sine is that of the rest of the half turn; the subtraction is exact. -0.0 stays -0.0.
     folded = tl.where(r > 0.25, 0.5 - r, tl.where(r < -0.25, -0.5 - r, r))
     return _sine_of_quarter(folded)
 
 
 @triton.jit
-def cosine_of_turns(r):
-    """cos(2 pi r) for |r| <= 0.5, absolute error below 1.6e-7."""
+def cosine_of_turns(r, dtype: tl.constexpr = tl.float32):
+    """cos(2 pi r), to the error of sine_of_turns."""
+    if HAS_FAST_SINE and dtype != tl.float32:
+        return libdevice.fast_cosf(r * _S0)
     return _sine_of_quarter(0.25 - tl.abs(r))
 
 
