@@ -4,14 +4,24 @@ Every op takes `backend="auto" | "triton" | "native" | "torch"`; `explain("dampe
 """
 
 from . import damped_sine as _damped_sine
+from . import rms_norm as _rms_norm
+from . import rope_attention as _rope_attention
+from . import wave_conv as _wave_conv
 from .damped_sine import damped_sine
 from .paged_attention import paged_append, paged_attention
 from .modules import DampedSine
+from .native import attach as attach_native
 from .registry import BACKENDS, OPS, BackendError, attach, explain
 from .rms_norm import rms_norm
 from .rope_attention import rope_attention, rotary_tables, rotate
 from .wave_conv import wave_conv, wave_state
 
-attach(__name__, "triton", "triton", {"damped_sine_triton": _damped_sine.OP})
+attach(
+    __name__,
+    "triton",
+    "triton",
+    {"damped_sine_triton": _damped_sine.OP, "rms_norm_triton": _rms_norm.OP, "rope_attention_triton": _rope_attention.OP, "wave_conv_triton": _wave_conv.OP},
+)
+attach_native({"damped_sine_native": _damped_sine.OP})
 
 __all__ = ["BACKENDS", "OPS", "BackendError", "DampedSine", "damped_sine", "explain", "paged_append", "paged_attention", "rms_norm", "rope_attention", "rotary_tables", "rotate", "wave_conv", "wave_state"]

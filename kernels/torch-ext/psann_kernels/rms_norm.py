@@ -46,7 +46,8 @@ def reference(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, eps:
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> None:
     if x.dim() == 0 or x.shape[-1] == 0 or not x.is_floating_point():
         raise ValueError(
-            f"rms_norm: x has shape {tuple(x.shape)} and dtype {x.dtype}; it must be a floating-point tensor of at least one feature"
+            f"rms_norm: x has shape {tuple(x.shape)} and dtype {x.dtype}; it must be a floating-point tensor (..., features) of at "
+            "least one feature"
         )
     features = x.shape[-1]
     if weight.shape != (features,):

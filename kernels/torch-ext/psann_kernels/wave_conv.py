@@ -45,9 +45,9 @@ def wave_conv(
     dilation                  >= 1, tokens between taps
     cu_seqlens  (documents + 1,) int32   document i owns tokens cu_seqlens[i] to cu_seqlens[i + 1]; beside (B, T, F) it counts in
                               the B * T tokens row after row, and each row begins a document anyway
-    state       (B or documents, (K - 1) * dilation, F) in x's dtype: the inputs just before each document's first token here, oldest
-                              first, as wave_state gives them. A constant: no gradient flows into it. With (B, T, F) and no
-                              cu_seqlens, or with (total, F)
+    state       (B or documents, (K - 1) * dilation, F) in x's dtype: the inputs just before each document's first token here,
+                              oldest first, as wave_state gives them. A constant: no gradient flows into it. With (B, T, F)
+                              and no cu_seqlens, or with (total, F)
     mode                      "abs", "relu" or "none": what the damping multiplies
     backend                   "auto", "triton", "native" or "torch"
 
@@ -103,7 +103,7 @@ def wave_state(
     """
     _check_sequence("wave_state", x, kernel_size, dilation, cu_seqlens, state)
     if x.dim() == 3 and cu_seqlens is not None:
-        raise ValueError("wave_state: cu_seqlens came with x of 3 dimensions; a state belongs to rows, or to documents of (total, F)")
+        raise ValueError("wave_state: cu_seqlens came with x of 3 dimensions; pass x as (total, features)")
     length = (kernel_size - 1) * dilation
     x = x.detach()
     if state is None:
@@ -187,7 +187,9 @@ def _check_sequence(op: str, x: Tensor, kernel_size: int, dilation: int, cu_seql
             "or (tokens, features) with cu_seqlens, of at least one feature"
         )
     if x.dim() == 2 and cu_seqlens is None:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)} and no cu_seqlens; pass the documents' offsets, or x as (rows, tokens, features)")
+        raise ValueError(
+            f"{op}: x has shape {tuple(x.shape)} and no cu_seqlens; pass the documents' offsets, or x as (rows, tokens, features)"
+        )
     if kernel_size < 1:
         raise ValueError(f"{op}: kernel_size is {kernel_size}; a convolution has at least one tap")
     if dilation < 1:
@@ -197,7 +199,9 @@ def _check_sequence(op: str, x: Tensor, kernel_size: int, dilation: int, cu_seql
     if state is None:
         return
     if x.dim() == 3 and cu_seqlens is not None:
-        raise ValueError(f"{op}: state came with cu_seqlens and x of 3 dimensions; pass x as (total, features), or leave cu_seqlens out")
+        raise ValueError(
+            f"{op}: state came with cu_seqlens and x of 3 dimensions; pass x as (total, features), or leave cu_seqlens out"
+        )
     documents = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     wanted = (documents, (kernel_size - 1) * dilation, x.shape[-1])
     if state.shape != wanted or state.dtype != x.dtype or state.device != x.device:

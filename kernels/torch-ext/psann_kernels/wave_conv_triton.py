@@ -1,0 +1,410 @@
+"""Triton twin of wave_conv. Read wave_conv.py first.
+
+Forward reads x and writes y: 2 * x.numel() * itemsize bytes; the other taps are a few tokens back and come from the cache.
+Backward reads x and dy and writes dx. It keeps only x and recomputes the convolution, exp, sin and cos.
+
+Backward walks: dx at one token needs dc, the gradient at the convolution's output, of the K - 1 later tokens at distances of
+`dilation`. So a lane steps through its tokens `dilation` at a time, computes dc once and adds weight * dc to the K unfinished
+dx that it carries in registers; the oldest is then complete and written. The tokens of a row are cut into walks of `steps`
+tokens, independent of each other: each repeats the K - 1 steps after its end, without which every element would be read once.
+Offsets are searched in the kernel, so that packing costs no launch and no array of its own. Parameter gradients reduce in
+two passes, a row of partial sums per program and one small sum, because atomics would let scheduling change the result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .damped_sine_triton import envelope
+from .library import define
+from .triton_support import (
+    Configuration,
+    cosine_of_turns,
+    narrow,
+    refuses_device,
+    refuses_dtype,
+    sine_of_turns,
+    split_turns,
+    turns_of,
+    widen,
+)
+from .wave_conv import OP
+
+# Taps are unrolled and, in backward, carried in registers.
+MAX_KERNEL_SIZE = 32
+# Programs along the tokens whose partial sums the backward keeps: enough for any GPU, few enough that the second sum is small.
+MAX_TOKEN_PROGRAMS = 512
+# Tokens are counted in int32, a little beyond the last; addresses are int64.
+MAX_TOKENS = 2**31 - 2**20
+# Tokens of one walk: with 4 taps backward computes 3 in 64 twice.
+STEPS = 64
+
+
+@triton.jit
+def _document_of(t, row, tokens, cu_seqlens_ptr, documents, halvings):
+    """(first token, number) of t's document in a packed call. Tokens are counted over all rows; each row begins a document."""
+    # The last document that starts at or before t; more halvings than needed change nothing.
+    low = tl.zeros_like(t)
+    high = low + documents
+    for _ in range(0, halvings):
+        middle = (low + high) // 2
+        is_later = tl.load(cu_seqlens_ptr + middle) > t
+        high = tl.where(is_later, middle, high)
+        low = tl.where(is_later, low, middle)
+    return tl.maximum(row * tokens, tl.load(cu_seqlens_ptr + low)), low
+
+
+@triton.jit
+def _before(state_ptr, document, slot, length, c, features, here):
+    """Input `slot` of the `length` that precede a document, oldest first; 0 where not `here`."""
+    # The bounds keep offsets that are no offsets from reading elsewhere.
+    mask = here & (slot >= 0) & (slot < length)
+    return widen(tl.load(state_ptr + (document.to(tl.int64) * length + slot) * features + c, mask=mask, other=0.0))
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, weight_ptr, bias_ptr, amplitude_ptr, frequency_ptr, damping_ptr, cu_seqlens_ptr, state_ptr, y_ptr,
+    total, tokens, features, row_stride, token_stride, dilation, documents, halvings, tiles,
+    MODE: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    # Columns and their parameters stay while `tiles` tiles of tokens pass.
+    c = (tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]
+    inside = c < features
+    amplitude = tl.load(amplitude_ptr + c, mask=inside, other=0.0)
+    damping = tl.load(damping_ptr + c, mask=inside, other=0.0)
+    high, low = split_turns(tl.load(frequency_ptr + c, mask=inside, other=0.0))
+    bias = tl.zeros((1, BLOCK_F), tl.float32)
+    if bias_ptr is not None:
+        bias += widen(tl.load(bias_ptr + c, mask=inside, other=0.0))
+    weights = ()
+    for j in tl.static_range(K):
+        weights = weights + (widen(tl.load(weight_ptr + c * K + j, mask=inside, other=0.0)),)
+
+    t = (tl.program_id(0).to(tl.int64) * tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int32)[:, None]
+    for _ in range(0, tiles):
+        here = (t < total) & inside
+        row = t // tokens
+        start = row * tokens
+        document = row
+        if cu_seqlens_ptr is not None:
+            start, document = _document_of(t, row, tokens, cu_seqlens_ptr, documents, halvings)
+        row_ptr = x_ptr + row.to(tl.int64) * row_stride + c
+
+        convolved = bias + tl.zeros((BLOCK_T, BLOCK_F), tl.float32)
+        for j in tl.static_range(K):
+            back = t - (K - 1 - j) * dilation
+            token = (back - row * tokens).to(tl.int64)
+            tap = widen(tl.load(row_ptr + token * token_stride, mask=here & (back >= start), other=0.0))
+            if state_ptr is not None:
+                length = (K - 1) * dilation
+                tap += _before(state_ptr, document, length + back - start, length, c, features, here & (back < start))
+            convolved = tl.fma(weights[j], tap, convolved)
+
+        e, _ = envelope(convolved, damping, MODE)
+        y = amplitude * e * sine_of_turns(turns_of(convolved, high, low))
+
+        tl.store(y_ptr + t.to(tl.int64) * features + c, narrow(y, y_ptr.dtype.element_ty), mask=here)
+        t += BLOCK_T
+
+
+@triton.jit
+def _backward_kernel(
+    x_ptr, dy_ptr, weight_ptr, bias_ptr, amplitude_ptr, frequency_ptr, damping_ptr, cu_seqlens_ptr, state_ptr, dx_ptr, partial_ptr,
+    walks, tokens, features, x_row_stride, x_token_stride, dy_row_stride, dy_token_stride, dilation, documents, halvings,
+    steps, chunks, residues,
+    MODE: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    # Columns stay while groups of LANES walks pass; partial_ptr is (programs, 4 + K, features).
+    program = tl.program_id(0).to(tl.int64)
+    c = (tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]
+    inside = c < features
+    amplitude = tl.load(amplitude_ptr + c, mask=inside, other=0.0)
+    frequency = tl.load(frequency_ptr + c, mask=inside, other=0.0)
+    damping = tl.load(damping_ptr + c, mask=inside, other=0.0)
+    high, low = split_turns(frequency)
+    nothing = tl.zeros((LANES, BLOCK_F), tl.float32)
+    bias = nothing
+    if bias_ptr is not None:
+        bias += widen(tl.load(bias_ptr + c, mask=inside, other=0.0))
+    weights = ()
+    sum_weights = ()
+    for j in tl.static_range(K):
+        weights = weights + (widen(tl.load(weight_ptr + c * K + j, mask=inside, other=0.0)),)
+        sum_weights = sum_weights + (nothing,)
+    sum_amplitude = nothing
+    sum_frequency = nothing
+    sum_damping = nothing
+    sum_bias = nothing
+
+    walk = (program * LANES + tl.arange(0, LANES)).to(tl.int32)[:, None]
+    for _ in range(program, tl.cdiv(walks, LANES), tl.num_programs(0)):
+        row = walk // residues // chunks
+        first = walk // residues % chunks * steps * dilation + walk % residues
+        # This walk answers for the tokens of its row from `first` up to `last`, every `dilation`-th.
+        last = tl.where(walk < walks, tl.minimum(first + steps * dilation, tokens), first)
+        end = tl.where(walk < walks, tokens, 0)
+        x_row_ptr = x_ptr + row.to(tl.int64) * x_row_stride + c
+        dy_row_ptr = dy_ptr + row.to(tl.int64) * dy_row_stride + c
+        dx_row_ptr = dx_ptr + row.to(tl.int64) * tokens * features + c
+
+        # Oldest first: the inputs, and the unfinished dx, of the K - 1 tokens before the present one.
+        inputs = ()
+        gradients = ()
+        for j in tl.static_range(K - 1):
+            token = first - (K - 1 - j) * dilation
+            here = (token >= 0) & (token < end) & inside
+            x = widen(tl.load(x_row_ptr + token.to(tl.int64) * x_token_stride, mask=here, other=0.0))
+            if state_ptr is not None and cu_seqlens_ptr is None:
+                length = (K - 1) * dilation
+                here = (token < 0) & (walk < walks) & inside
+                x += _before(state_ptr, row, length + token, length, c, features, here)
+            inputs = inputs + (x,)
+            gradients = gradients + (nothing,)
+
+        token = first
+        for _ in range(0, steps + K - 1):
+            here = (token < end) & inside
+            x = widen(tl.load(x_row_ptr + token.to(tl.int64) * x_token_stride, mask=here, other=0.0))
+            dy = widen(tl.load(dy_row_ptr + token.to(tl.int64) * dy_token_stride, mask=here, other=0.0))
+            taps = inputs + (x,)
+            inputs = taps[1:]
+            if cu_seqlens_ptr is not None:
+                t = row * tokens + token
+                start, document = _document_of(t, row, tokens, cu_seqlens_ptr, documents, halvings)
+                own = ()
+                for j in tl.static_range(K):
+                    back = t - (K - 1 - j) * dilation
+                    tap = tl.where(back >= start, taps[j], 0.0)
+                    if state_ptr is not None:
+                        length = (K - 1) * dilation
+                        tap += _before(state_ptr, document, length + back - start, length, c, features, here & (back < start))
+                    own = own + (tap,)
+                taps = own
+            convolved = bias
+            for j in tl.static_range(K):
+                convolved = tl.fma(weights[j], taps[j], convolved)
+
+            e, g = envelope(convolved, damping, MODE)
+            turns = turns_of(convolved, high, low)
+            p = dy * e
+            ps = p * sine_of_turns(turns)
+            pc = p * cosine_of_turns(turns)
+            dc = frequency * pc
+            # At 0 the slope of |c| counts as 0, as in torch; nothing needs to be done for it, because ps is 0 there.
+            if MODE == "abs":
+                dc -= damping * tl.where(convolved < 0, -ps, ps)
+            elif MODE == "relu":
+                dc -= damping * tl.where(convolved > 0, ps, 0.0)
+            dc = tl.where(token < end, amplitude * dc, 0.0)
+
+            # The tokens after the last are another walk's to count.
+            sum_amplitude += tl.where(token < last, ps, 0.0)
+            sum_frequency += tl.where(token < last, convolved * pc, 0.0)
+            sum_damping += tl.where(token < last, g * ps, 0.0)
+            counted = tl.where(token < last, dc, 0.0)
+            sum_bias += counted
+            grown = ()
+            for j in tl.static_range(K):
+                grown = grown + (tl.fma(counted, taps[j], sum_weights[j]),)
+            sum_weights = grown
+
+            gradients = gradients + (nothing,)
+            added = ()
+            for j in tl.static_range(K):
+                share = weights[j] * dc
+                if cu_seqlens_ptr is not None:
+                    share = tl.where(row * tokens + token - (K - 1 - j) * dilation >= start, share, 0.0)
+                added = added + (gradients[j] + share,)
+            gradients = added[1:]
+            finished = token - (K - 1) * dilation
+            dx_here = (finished >= first) & (finished < last) & inside
+            dx = narrow(added[0], dx_ptr.dtype.element_ty)
+            tl.store(dx_row_ptr + finished.to(tl.int64) * features, dx, mask=dx_here)
+            token += dilation
+
+        walk += (tl.num_programs(0).to(tl.int64) * LANES).to(tl.int32)
+
+    c = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    partial = partial_ptr + program * (4 + K) * features + c
+    tl.store(partial, tl.sum(sum_amplitude, 0), mask=c < features)
+    tl.store(partial + features, tl.sum(sum_frequency, 0), mask=c < features)
+    tl.store(partial + 2 * features, tl.sum(sum_damping, 0), mask=c < features)
+    tl.store(partial + 3 * features, tl.sum(sum_bias, 0), mask=c < features)
+    for j in tl.static_range(K):
+        tl.store(partial + (4 + j) * features, tl.sum(sum_weights[j], 0), mask=c < features)
+
+
+def forward_tile(features: int) -> tuple[int, int]:
+    """(BLOCK_T, BLOCK_F): 1024 elements a program; 64 half features are a cache line, and 16 tokens share most of their taps."""
+    block_f = min(triton.next_power_of_2(features), 64)
+    return 1024 // block_f, block_f
+
+
+def backward_tile(features: int) -> tuple[int, int]:
+    """(LANES, BLOCK_F): 512 elements a program, 4 a thread, for each of which backward carries about 3 * K + 10 numbers."""
+    block_f = min(triton.next_power_of_2(features), 128)
+    return 512 // block_f, block_f
+
+
+def _sequences(t: Tensor) -> Tensor:
+    """t as (rows, tokens, F) with unit stride along F; copied only where its features are not adjacent."""
+    t = t if t.dim() == 3 else t[None]
+    return t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
+
+
+def _documents(cu_seqlens: Tensor | None) -> tuple[int, int]:
+    """(documents, halvings of their number until one is left)"""
+    documents = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return documents, max(documents - 1, 0).bit_length()
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, amplitude: Tensor, frequency: Tensor, damping: Tensor,
+    cu_seqlens: Tensor | None, state: Tensor | None, dilation: int, mode: str,
+) -> Tensor:  # fmt: skip
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return y
+    x = _sequences(x)
+    rows, tokens, features = x.shape
+    block_t, block_f = forward_tile(features)
+    # 2^20 elements make 1024 programs, which fill any GPU; of larger calls the programs are longer and read their parameters once.
+    tiles = min(max(x.numel() >> 20, 1), 8)
+    _forward_kernel[(triton.cdiv(rows * tokens, block_t * tiles), triton.cdiv(features, block_f))](
+        x, weight.contiguous(), None if bias is None else bias.contiguous(),
+        amplitude.contiguous(), frequency.contiguous(), damping.contiguous(),
+        None if cu_seqlens is None else cu_seqlens.contiguous(), None if state is None else state.contiguous(), y,
+        rows * tokens, tokens, features, x.stride(0), x.stride(1), dilation, *_documents(cu_seqlens), tiles,
+        MODE=mode, K=weight.shape[1], BLOCK_T=block_t, BLOCK_F=block_f, enable_fp_fusion=True,
+    )  # fmt: skip
+    return y
+
+
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, amplitude: Tensor, frequency: Tensor, damping: Tensor,
+    cu_seqlens: Tensor | None, state: Tensor | None, dilation: int, mode: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    kernel_size = weight.shape[1]
+    sums = torch.zeros((4 + kernel_size, x.shape[-1]), dtype=torch.float32, device=x.device)
+    if x.numel() > 0:
+        x, dy = _sequences(x), _sequences(dy)
+        rows, tokens, features = x.shape
+        lanes, block_f = backward_tile(features)
+        residues = min(dilation, tokens)
+        strides = triton.cdiv(tokens, dilation)
+        steps = min(strides, STEPS)
+        chunks = triton.cdiv(strides, steps)
+        walks = rows * chunks * residues
+        programs = min(triton.cdiv(walks, lanes), MAX_TOKEN_PROGRAMS)
+        partial = torch.empty((programs, *sums.shape), dtype=torch.float32, device=x.device)
+        _backward_kernel[(programs, triton.cdiv(features, block_f))](
+            x, dy, weight.contiguous(), None if bias is None else bias.contiguous(),
+            amplitude.contiguous(), frequency.contiguous(), damping.contiguous(),
+            None if cu_seqlens is None else cu_seqlens.contiguous(), None if state is None else state.contiguous(), dx, partial,
+            walks, tokens, features, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1), dilation, *_documents(cu_seqlens),
+            steps, chunks, residues,
+            MODE=mode, K=kernel_size, LANES=lanes, BLOCK_F=block_f, enable_fp_fusion=True,
+        )  # fmt: skip
+        sums = partial.sum(0)
+    # Copies, so that no output of the op shares memory with another.
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device).copy_(sums[4:].T)
+    dbias = sums[3].to((weight if bias is None else bias).dtype, copy=True)
+    return dx, dweight, dbias, sums[0].clone(), amplitude * sums[1], -amplitude * sums[2]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.dilation, ctx.mode = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dweight, dbias, damplitude, dfrequency, ddamping = wave_conv_triton_backward(dy, *ctx.saved_tensors, ctx.dilation, ctx.mode)
+    has_bias = ctx.saved_tensors[2] is not None
+    return dx, dweight, dbias if has_bias else None, damplitude, dfrequency, ddamping, None, None, None, None
+
+
+_ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor amplitude, Tensor frequency, Tensor damping, "
+    "Tensor? cu_seqlens, Tensor? state, int dilation, str mode"
+)
+wave_conv_triton_backward = define(
+    f"wave_conv_triton_backward(Tensor dy, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    lambda dy, x, weight, bias, amplitude, frequency, damping, *rest: (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+        (weight if bias is None else bias).new_empty(weight.shape[:1]),
+        *(t.new_empty(t.shape) for t in (amplitude, frequency, damping)),
+    ),
+)
+wave_conv_triton = define(
+    f"wave_conv_triton({_ARGUMENTS}) -> Tensor", _forward, lambda x, *rest: x.new_empty(x.shape), _differentiate, _setup_context
+)
+
+
+def refuses(
+    x: Tensor, weight: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, *, dilation: int = 1, **options: Any
+) -> str | None:
+    if weight.shape[1] > MAX_KERNEL_SIZE:
+        return f"kernel_size is {weight.shape[1]}; the kernel serves at most {MAX_KERNEL_SIZE}"
+    reach = weight.shape[1] * dilation
+    if x.shape[:-1].numel() + reach > MAX_TOKENS:
+        return f"x is {tuple(x.shape)} and the taps reach {reach} tokens back; the kernel counts {MAX_TOKENS} tokens at most"
+    return refuses_device(x) or refuses_dtype("x", x)
+
+
+@OP.offer("triton", refuses)
+def _serve(
+    x: Tensor,
+    weight: Tensor,
+    amplitude: Tensor,
+    frequency: Tensor,
+    damping: Tensor,
+    *,
+    bias: Tensor | None = None,
+    dilation: int = 1,
+    cu_seqlens: Tensor | None = None,
+    state: Tensor | None = None,
+    mode: str = "abs",
+) -> Tensor:
+    return wave_conv_triton(x, weight, bias, amplitude, frequency, damping, cu_seqlens, state, dilation, mode)
+
+
+def configurations() -> list[Configuration]:
+    """What dispatch can choose: K and the presence of bias, state and offsets are the caller's, so the usual ones stand for all."""
+    absent = {"cu_seqlens_ptr": None, "state_ptr": None}
+    calls = [
+        ("bf16", 4, "abs", absent),
+        ("fp32", 4, "abs", absent),
+        ("bf16", 3, "relu", absent | {"bias_ptr": None}),
+        ("bf16", 4, "none", {"state_ptr": None}),
+        ("bf16", 4, "abs", {}),
+        ("fp32", 1, "abs", {"cu_seqlens_ptr": None}),
+    ]
+    found = []
+    for dtype, kernel_size, mode, missing in calls:
+        for kernel, sizes in (
+            (_forward_kernel, dict(zip(("BLOCK_T", "BLOCK_F"), forward_tile(512)))),
+            (_backward_kernel, dict(zip(("LANES", "BLOCK_F"), backward_tile(512)))),
+        ):
+            constants = dict(MODE=mode, K=kernel_size, **sizes) | missing
+            found.append(_configuration(kernel, dtype, constants))
+    return found
+
+
+def _configuration(kernel: Any, dtype: str, constants: dict[str, Any]) -> Configuration:
+    types = {f"{name}_ptr": f"*{dtype}:16" for name in ("x", "dy", "state", "y", "dx")} | {"cu_seqlens_ptr": "*i32:16"}
+    types |= {name: "i32:16" for name in kernel.arg_names if name in ("features", "tokens") or name.endswith("stride")}
+    signature = {
+        name: types.get(name, "*fp32:16" if name.endswith("_ptr") else "i32") for name in kernel.arg_names if name not in constants
+    }
+    absent = "".join(f" without {name.removesuffix('_ptr')}" for name, value in constants.items() if value is None)
+    name = f"wave_conv {kernel.__name__.strip('_').removesuffix('_kernel')} {dtype} K={constants['K']} {constants['MODE']}{absent}"
+    return Configuration(kernel, signature, constants, name=name)
