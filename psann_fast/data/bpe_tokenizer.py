@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
 import numpy as np
 import tokenizers
@@ -16,11 +16,15 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from .sampling import sample
 from .tokenizer import DESCRIPTION, Tokenizer
+from .words import WordEncoder
 
 FILE = "tokenizer.json"
 # How other people spell padding and end of text, in the order of preference.
 PADS = ("<pad>", "[pad]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 ENDS = ("</s>", "<|endoftext|>", "<eos>", "<|eos|>", "[eos]", "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
+# GPT-2 splits before white space, or before the last space of a run if a word follows; never inside these.
+WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # as the library sees it; re's \s has more
+WORD = re.compile(f"[{WHITE}]*[^{WHITE}]+|[{WHITE}]+")
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -55,17 +59,18 @@ class BPETokenizer(Tokenizer):
             pad_id = size
         if eos_id is None:
             eos_id = max(size, pad_id + 1)
-        is_special = np.zeros(max(size, pad_id + 1, eos_id + 1), bool)
-        is_special[[pad_id, eos_id, *added_special]] = True
+        self._specials = frozenset((pad_id, eos_id, *added_special))
         self._is_byte_level = isinstance(self.library.decoder, decoders.ByteLevel)
-        table = [b""] * len(is_special)
+        table = [b""] * max(size, pad_id + 1, eos_id + 1)
         for token, i in vocabulary.items():
-            if not is_special[i]:
+            if i not in self._specials:
                 table[i] = token.encode("utf-8") if i in added else self._bytes_of(token, i)
         super().__init__(table, pad_id, eos_id, can_cut=_splits_words_as_ours(settings))
-        self._is_special = is_special
-        self._special_texts = [token for token, i in vocabulary.items() if is_special[i]]
-        self._can_produce_special = any(i < size for i in np.flatnonzero(is_special))
+        self._words = WordEncoder(WORD, self._library_encode)
+        # Special tokens of the library's own vocabulary, which its model might find in a text. Longest first, because one name
+        # may begin another.
+        names = sorted((token for token, i in vocabulary.items() if i in self._specials), key=len, reverse=True)
+        self._special_names = re.compile(f"({'|'.join(map(re.escape, names))})") if names else None
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, seed: int) -> BPETokenizer:
@@ -99,56 +104,44 @@ class BPETokenizer(Tokenizer):
         if self._is_byte_level:
             return super().decode(ids)
         # Other decoders treat the start of a text in a way of their own.
-        return self.library.decode([i for i in self._checked(ids) if not self._is_special[i]], skip_special_tokens=False)
+        return self.library.decode([i for i in self._checked(ids) if i not in self._specials], skip_special_tokens=False)
 
     def _encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
-        found = self.library.encode_batch_fast(list(pieces), add_special_tokens=False)
-        rows = [np.array(encoding.ids, np.int32) for encoding in found]
-        if self._can_produce_special:
-            for index, row in enumerate(rows):
-                if self._is_special[row].any():
-                    rows[index] = _without_special_ids(pieces[index], self._ids, self._special_texts, self._is_special)
+        if self.can_cut:
+            return self._words.encode(pieces)
+        return [np.array(ids, np.int32) for ids in self._library_encode(pieces)]
+
+    def _library_encode(self, texts: Sequence[str]) -> list[list[int]]:
+        rows = [encoding.ids for encoding in self.library.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if self._special_names:
+            for index, ids in enumerate(rows):
+                if not self._specials.isdisjoint(ids):
+                    rows[index] = self._without_special_ids(texts[index])
         return rows
 
-    def _ids(self, text: str) -> list[int]:
-        return self.library.encode(text, add_special_tokens=False).ids
+    def _without_special_ids(self, text: str) -> list[int]:
+        """The ids of a text in which the library sees special tokens: those are encoded character by character."""
+        ids: list[int] = []
+        for index, part in enumerate(self._special_names.split(text)):
+            for unit in part if index % 2 else [part]:
+                found = self.library.encode(unit, add_special_tokens=False).ids
+                if not self._specials.isdisjoint(found):
+                    special = next(i for i in found if i in self._specials)
+                    raise ValueError(
+                        f"encode: this tokenizer turns {unit[:40]!r} into the special id {special}; take it out of the text"
+                    )
+                ids.extend(found)
+        return ids
 
     def _bytes_of(self, token: str, id: int) -> bytes:
         if self._is_byte_level:
             return bytes(BYTE_OF[character] for character in token) if all(c in BYTE_OF for c in token) else token.encode("utf-8")
+        once = self.library.decode([id], skip_special_tokens=False)
         spelt = BYTE_TOKEN.fullmatch(token)
-        if spelt and self.library.decode([id], skip_special_tokens=False) != token:
+        if spelt and once != token:
             return bytes([int(spelt[1], 16)])
         # What the token adds after itself: at the start of a text some decoders drop a space.
-        once = self.library.decode([id], skip_special_tokens=False)
         return self.library.decode([id, id], skip_special_tokens=False)[len(once) :].encode("utf-8")
-
-
-def _without_special_ids(
-    text: str, encode: Callable[[str], list[int]], special_texts: Sequence[str], is_special: np.ndarray
-) -> np.ndarray:
-    """The ids of `text`, with each special token in it encoded character by character.
-
-    encode         text to ids, possibly special ones
-    special_texts  how the special tokens are spelt
-    is_special     (vocab_size,) bool
-
-    Returns int32 (tokens,). Raises ValueError if a single character is a special token: such a text cannot be encoded safely.
-    """
-    # Longest first, because one name may begin another.
-    names = "|".join(re.escape(name) for name in sorted(special_texts, key=len, reverse=True) if name)
-    parts = re.split(f"({names})", text) if names else [text]
-    ids: list[int] = []
-    for index, part in enumerate(parts):
-        for unit in part if index % 2 else [part]:
-            found = encode(unit) if unit else []
-            bad = [i for i in found if is_special[i]]
-            if bad:
-                raise ValueError(
-                    f"encode: this tokenizer turns {unit[:40]!r} into the special id {bad[0]}; take it out of the text"
-                )
-            ids.extend(found)
-    return np.array(ids, np.int32)
 
 
 def _settings(content: bytes, what: str) -> dict[str, Any]:

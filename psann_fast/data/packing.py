@@ -60,7 +60,9 @@ class Examples(torch.utils.data.Dataset):
     does not begin and end with eos_id, and one without a text.
     """
 
-    def __init__(self, stream: np.ndarray, max_length: int, *, eos_id: int, pad_id: int, pack: bool = True, name: str = "text") -> None:
+    def __init__(
+        self, stream: np.ndarray, max_length: int, *, eos_id: int, pad_id: int, pack: bool = True, name: str = "text"
+    ) -> None:
         if max_length < 1:
             raise ValueError(f"Examples: max_length is {max_length}; a window has at least 1 token")
         if stream.ndim != 1 or stream.dtype.kind not in "iu":

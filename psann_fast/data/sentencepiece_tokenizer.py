@@ -19,6 +19,7 @@ import sentencepiece
 
 from .sampling import sample
 from .tokenizer import DESCRIPTION, LOGGER, Tokenizer
+from .words import WordEncoder
 
 FILE = "tokenizer.model"
 SPACE = "\u2581"
@@ -27,6 +28,7 @@ OTHER_IDS = 3 + 256  # padding, end of document, SentencePiece's own <unk>, and 
 # The rarest 0.05 % of the text's characters stay bytes: an id for each would be seen too seldom to learn.
 COVERAGE = 0.9995
 SPACE_INSIDE = re.compile(f"[^{SPACE}]{SPACE}")
+WORD = re.compile(" *[^ ]+| +")  # ends where the next space begins, and so does every token
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -67,7 +69,8 @@ class SentencePieceTokenizer(Tokenizer):
         can_cut = not self._adds_space and keeps_space and not any(map(SPACE_INSIDE.search, pieces))
         super().__init__(table, pad_id, eos_id, can_cut)
         spelling = processor.piece_to_id(SPELT_SPACE)
-        self._space_ids = np.array(spelling, np.int32) if can_cut and all(map(processor.is_byte, spelling)) else None
+        self._spelt_space = spelling if all(map(processor.is_byte, spelling)) else None
+        self._words = WordEncoder(WORD, self._encode_words)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, seed: int) -> SentencePieceTokenizer:
@@ -116,18 +119,21 @@ class SentencePieceTokenizer(Tokenizer):
         return self.processor.decode([i for i in self._checked(ids) if self.token_bytes[i]])
 
     def _encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
-        if self._space_ids is None or not any(SPACE in piece for piece in pieces):
-            return self._encode_parts(pieces)
-        parts = [piece.split(SPACE) for piece in pieces]
-        encoded = iter(self._encode_parts(list(chain.from_iterable(parts))))
-        return [
-            np.concatenate([next(encoded), *chain.from_iterable((self._space_ids, next(encoded)) for _ in split[1:])])
-            for split in parts
-        ]
+        if self.can_cut:
+            return self._words.encode(pieces)
+        return [np.array(ids, np.int32) for ids in self._library_encode(pieces)]
 
-    def _encode_parts(self, parts: Sequence[str]) -> list[np.ndarray]:
-        rows = self.processor.encode(parts, num_threads=min(_processors(), max(1, len(parts) // 8))) if parts else []
-        return [np.array(row, np.int32) for row in rows]
+    def _encode_words(self, words: list[str]) -> list[list[int]]:
+        rows = self._library_encode(words)
+        if self._spelt_space is not None:
+            for index, word in enumerate(words):
+                if SPACE in word:
+                    first, *others = (self.processor.encode(part) for part in word.split(SPACE))
+                    rows[index] = [*first, *chain.from_iterable(self._spelt_space + part for part in others)]
+        return rows
+
+    def _library_encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.processor.encode(list(texts), num_threads=min(_processors(), 1 + len(texts) // 8))
 
 
 def _bytes_of(processor: sentencepiece.SentencePieceProcessor, id: int, piece: str) -> bytes:

@@ -9,6 +9,7 @@ import logging
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import sentencepiece
 import tokenizers
 from psann_fast.data import Tokenizer, default_corpus, load_tokenizer, tokenizer_from_files, train_tokenizer
 from psann_fast.data import tokenizer as interface
+from psann_fast.data import words
 from psann_fast.data.bpe_tokenizer import BPETokenizer
 from psann_fast.data.cutting import cut
 from psann_fast.data.sampling import sample
@@ -155,11 +157,35 @@ def test_pieces_join_to_the_text_and_are_cut_at_words():
 
 def test_cutting_changes_no_token(trained):
     """The libraries' own encoding of an uncut text is the witness."""
-    text = "".join(default_corpus())[:200_000] + "  \n \t\x1c x  y\u00a0 z " * 500
+    text = "".join(default_corpus())[:200_000] + "  \n \t\x1c! x  y\u00a0 z " * 500
     subword = trained["sentencepiece"]
     assert subword.can_cut and subword.encode(text) == subword.processor.encode(text)
     byte_level = trained["tokenizers"]
     assert byte_level.can_cut and byte_level.encode(text) == byte_level.library.encode(text).ids
+
+
+def test_remembered_words_change_no_token(tokenizer, monkeypatch):
+    """With a table of words so small that it is always replaced, and with words as the libraries see them one by one."""
+    draw = random.Random(16)
+    texts = [random_text(draw, 80) for _ in range(300)] + ["\x1c!\x1c! \x1f\n  x \u00a0\u00a0 y \u2028 z\x85"]
+    wanted = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
+    monkeypatch.setattr(words, "MOST_REMEMBERED", 100)
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == wanted
+    assert [tokenizer.encode(text) for text in texts] == wanted
+    if tokenizer.name == "tokenizers":
+        assert [tokenizer.library.encode(text).ids for text in texts] == wanted
+    if tokenizer.name == "sentencepiece":
+        plain = [(text, ids) for text, ids in zip(texts, wanted) if "\u2581" not in text]
+        assert len(plain) > 50 and all(tokenizer.processor.encode(text) == ids for text, ids in plain)
+
+
+def test_threads_may_share_a_tokenizer(tokenizer, monkeypatch):
+    monkeypatch.setattr(words, "MOST_REMEMBERED", 2000)
+    draw = random.Random(17)
+    texts = [random_text(draw, 80) for _ in range(400)]
+    wanted = [tokenizer.encode(text) for text in texts]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(tokenizer.encode, texts)) == wanted
 
 
 def test_a_stream_equals_the_whole_text(tokenizer, monkeypatch):
