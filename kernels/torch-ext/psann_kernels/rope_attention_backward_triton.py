@@ -22,6 +22,7 @@ from .rope_attention_tiles_triton import (
     Tile,
     angles,
     block_d,
+    distance,
     document_start,
     features,
     first_key,
@@ -30,6 +31,7 @@ from .rope_attention_tiles_triton import (
     operand,
     rotated,
     rows_per_program,
+    skipping,
     turn,
     variant,
     with_unit_stride,
@@ -55,14 +57,30 @@ def _delta_kernel(
 
 
 @triton.jit
-def _add_queries(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, start_ptr, q_t, do_t, c_k, inside_k, c_v, inside_v, b, n, slope, scale,
-    low, high, queries, keys, window,
-    BLOCK_M: tl.constexpr, MASKED: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_ALIBI: tl.constexpr,
+def _past_last_query(
+    n, exists, b, queries, keys, end_ptr, window, HAS_DOCUMENTS: tl.constexpr, HAS_WINDOW: tl.constexpr
 ):  # fmt: skip
-    """What queries low to high of one head add to dk and dv of the keys n. Everything is transposed: (keys, queries)."""
-    i = low + tl.arange(0, BLOCK_M)
-    for _ in range(low, high, BLOCK_M):
+    """One past the last query that sees key n (a block of keys or one) of row b, int32."""
+    until = n * 0 + queries
+    if HAS_DOCUMENTS:
+        until = (tl.load(end_ptr + b * keys + n, mask=exists, other=0) - b * keys).to(tl.int32)
+    if HAS_WINDOW:
+        until = tl.minimum(until, n + window - (keys - queries))
+    return until
+
+
+@triton.jit
+def _add_queries(
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_t, do_t, c_k, inside_k, c_v, inside_v, n, origin, until, slope, scale,
+    low, high, skip_low, skip_high, queries, keys,
+    BLOCK_M: tl.constexpr, MASKED: tl.constexpr, IS_BOUNDED: tl.constexpr, HAS_ALIBI: tl.constexpr,
+):  # fmt: skip
+    """What queries low to high of one head, less skip_low to skip_high, add to dk and dv of the keys n.
+
+    Scores are transposed, (keys, queries). `until` is one past the last query that sees each key.
+    """
+    for step in range(low, high - (skip_high - skip_low), BLOCK_M):
+        i = skipping(step, skip_low, skip_high) + tl.arange(0, BLOCK_M)
         row = i.to(tl.int64)[:, None]
         q = load_operand(q_ptr + row * q_t + c_k[None, :], (i < queries)[:, None] & inside_k[None, :])
         # Rows past the end have an infinite log-sum-exp, so probability 0.
@@ -70,13 +88,12 @@ def _add_queries(
         position = i + keys - queries
         s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
         if HAS_ALIBI:
-            s += slope * (n[:, None] - position[None, :]).to(tl.float32)
+            s += slope * distance(n[:, None], position[None, :], origin)
         p = tl.exp2(s - lse[None, :])
         if MASKED:
             seen = n[:, None] <= position[None, :]
-            if HAS_DOCUMENTS or HAS_WINDOW:
-                start = document_start(i, b, keys, start_ptr, i < queries, HAS_DOCUMENTS)
-                seen &= n[:, None] >= first_key(start, position, window, HAS_WINDOW)[None, :]
+            if IS_BOUNDED:
+                seen &= i[None, :] < until[:, None]
             p = tl.where(seen, p, 0.0)
 
         do = load_operand(do_ptr + row * do_t + c_v[None, :], (i < queries)[:, None] & inside_v[None, :])
@@ -84,7 +101,6 @@ def _add_queries(
         dv = tl.dot(operand(p, do_ptr.dtype.element_ty), do, dv, input_precision="ieee")
         ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
         dk = tl.dot(operand(ds, q_ptr.dtype.element_ty), q, dk, input_precision="ieee")
-        i += BLOCK_M
     return dk, dv
 
 
@@ -114,16 +130,11 @@ def _dk_dv_kernel(
     shift = keys - queries
     low = tl.maximum(first_n - shift, 0)
     full_low = low + tl.cdiv(tl.maximum(last_n - shift - low, 0), BLOCK_M) * BLOCK_M
-    high = low * 0 + queries
-    seen_by_all = high
-    if HAS_DOCUMENTS:
-        high = tl.minimum(high, (tl.load(end_ptr + b * keys + last_n) - b * keys).to(tl.int32))
-        seen_by_all = tl.minimum(seen_by_all, (tl.load(end_ptr + b * keys + first_n) - b * keys).to(tl.int32))
-    if HAS_WINDOW:
-        high = tl.minimum(high, last_n + window - shift)
-        seen_by_all = tl.minimum(seen_by_all, first_n + window - shift)
-    full_high = high
+    until = _past_last_query(n, n < keys, b, queries, keys, end_ptr, window, HAS_DOCUMENTS, HAS_WINDOW)
+    high = _past_last_query(last_n, last_n < keys, b, queries, keys, end_ptr, window, HAS_DOCUMENTS, HAS_WINDOW)
+    full_high = tl.maximum(full_low, high)
     if HAS_DOCUMENTS or HAS_WINDOW:
+        seen_by_all = _past_last_query(first_n, first_n < keys, b, queries, keys, end_ptr, window, HAS_DOCUMENTS, HAS_WINDOW)
         full_high = full_low + tl.maximum(seen_by_all - full_low, 0) // BLOCK_M * BLOCK_M
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -137,45 +148,40 @@ def _dk_dv_kernel(
         if HAS_ALIBI:
             slope = tl.load(slope_ptr + h) * LOG2_E
         dk, dv = _add_queries(
-            dk, dv, k, v, q_head, do_head, lse_head, delta_head, start_ptr, q_t, do_t, c_k, inside_k, c_v, inside_v, b, n, slope,
-            scale, low, tl.minimum(full_low, high), queries, keys, window,
-            BLOCK_M, True, HAS_DOCUMENTS, HAS_WINDOW, HAS_ALIBI,
+            dk, dv, k, v, q_head, do_head, lse_head, delta_head, q_t, do_t, c_k, inside_k, c_v, inside_v, n, first_n, until, slope,
+            scale, low, high, full_low, full_high, queries, keys,
+            BLOCK_M, True, HAS_DOCUMENTS or HAS_WINDOW, HAS_ALIBI,
         )  # fmt: skip
         dk, dv = _add_queries(
-            dk, dv, k, v, q_head, do_head, lse_head, delta_head, start_ptr, q_t, do_t, c_k, inside_k, c_v, inside_v, b, n, slope,
-            scale, full_low, full_high, queries, keys, window,
-            BLOCK_M, False, HAS_DOCUMENTS, HAS_WINDOW, HAS_ALIBI,
+            dk, dv, k, v, q_head, do_head, lse_head, delta_head, q_t, do_t, c_k, inside_k, c_v, inside_v, n, first_n, until, slope,
+            scale, full_low, full_high, 0, 0, queries, keys,
+            BLOCK_M, False, False, HAS_ALIBI,
         )  # fmt: skip
-        if HAS_DOCUMENTS or HAS_WINDOW:
-            dk, dv = _add_queries(
-                dk, dv, k, v, q_head, do_head, lse_head, delta_head, start_ptr, q_t, do_t, c_k, inside_k, c_v, inside_v, b, n,
-                slope, scale, full_high, high, queries, keys, window,
-                BLOCK_M, True, HAS_DOCUMENTS, HAS_WINDOW, HAS_ALIBI,
-            )  # fmt: skip
 
+    out = ((b * keys + n64) * kv_heads + kv_head)[:, None] * D
+    tl.store(dv_ptr + out + c_v[None, :], narrow(dv, dv_ptr.dtype.element_ty), mask=(n < keys)[:, None] & inside_v[None, :])
     dk *= softmax_scale
     if ROTARY != "none":
         start = document_start(n, b, keys, start_ptr, n < keys, HAS_DOCUMENTS)
         cos, sin = angles(cos_ptr, sin_ptr, n - start, n < keys, max_position, D, BLOCK_D)
         dk = turn(dk, cos, -sin, BLOCK_N, BLOCK_D, ROTARY)
-    out = ((b * keys + n64) * kv_heads + kv_head)[:, None] * D
     tl.store(dk_ptr + out + c_k[None, :], narrow(dk, dk_ptr.dtype.element_ty), mask=(n < keys)[:, None] & inside_k[None, :])
-    tl.store(dv_ptr + out + c_v[None, :], narrow(dv, dv_ptr.dtype.element_ty), mask=(n < keys)[:, None] & inside_v[None, :])
 
 
 @triton.jit
 def _add_keys(
-    dq, q, do, lse, delta, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, first, slope, scale, low, high, keys,
+    dq, q, do, lse, delta, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, origin, first, slope, scale,
+    low, high, skip_low, skip_high, keys,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr, IS_BOUNDED: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """What keys low to high add to dq of a tile of queries."""
-    n = low + tl.arange(0, BLOCK_N)
-    for _ in range(low, high, BLOCK_N):
+    """What keys low to high, less skip_low to skip_high, add to dq of a tile of queries."""
+    for step in range(low, high - (skip_high - skip_low), BLOCK_N):
+        n = skipping(step, skip_low, skip_high) + tl.arange(0, BLOCK_N)
         row = n.to(tl.int64)[:, None]
         k = load_operand(k_ptr + row * k_t + c_k[None, :], (n < keys)[:, None] & inside_k[None, :])
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if HAS_ALIBI:
-            s += slope * (n[None, :] - position[:, None]).to(tl.float32)
+            s += slope * distance(n[None, :], position[:, None], origin)
         p = tl.exp2(s - lse[:, None])
         if MASKED:
             seen = n[None, :] <= position[:, None]
@@ -186,7 +192,6 @@ def _add_keys(
         v = load_operand(v_ptr + row * v_t + c_v[None, :], (n < keys)[:, None] & inside_v[None, :])
         ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
         dq = tl.dot(operand(ds, k_ptr.dtype.element_ty), k, dq, input_precision="ieee")
-        n += BLOCK_N
     return dq
 
 
@@ -204,6 +209,7 @@ def _dq_kernel(
     b, h = row // heads, row % heads
     i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     position = (i + keys - queries).to(tl.int32)
+    origin = (tile * BLOCK_M).to(tl.int32) + keys - queries
     start = document_start(i, b, keys, start_ptr, i < queries, HAS_DOCUMENTS)
     first = first_key(start, position, window, HAS_WINDOW)
     low, full_low, full_high, high = key_range(
@@ -225,18 +231,13 @@ def _dq_kernel(
         slope = tl.load(slope_ptr + h) * LOG2_E
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
-    if HAS_DOCUMENTS or HAS_WINDOW:
-        dq = _add_keys(
-            dq, q, do, lse, delta, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, first, slope, scale,
-            low, tl.minimum(full_low, high), keys, BLOCK_N, True, True, HAS_ALIBI,
-        )  # fmt: skip
     dq = _add_keys(
-        dq, q, do, lse, delta, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, first, slope, scale,
-        full_low, full_high, keys, BLOCK_N, False, False, HAS_ALIBI,
+        dq, q, do, lse, delta, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, origin, first, slope, scale,
+        full_low, full_high, 0, 0, keys, BLOCK_N, False, False, HAS_ALIBI,
     )  # fmt: skip
     dq = _add_keys(
-        dq, q, do, lse, delta, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, first, slope, scale,
-        full_high, high, keys, BLOCK_N, True, HAS_DOCUMENTS or HAS_WINDOW, HAS_ALIBI,
+        dq, q, do, lse, delta, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, origin, first, slope, scale,
+        low, high, full_low, full_high, keys, BLOCK_N, True, HAS_DOCUMENTS or HAS_WINDOW, HAS_ALIBI,
     )  # fmt: skip
 
     dq *= softmax_scale

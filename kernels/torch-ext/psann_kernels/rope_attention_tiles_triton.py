@@ -111,7 +111,7 @@ def key_range(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """The keys that a tile of queries needs, as four bounds: no query sees a key outside low to high, every query sees those
-    from full_low to full_high, and the two ranges between need masks. Steps of BLOCK_N from low meet full_low and full_high.
+    from full_low to full_high, the rest needs masks. Steps of BLOCK_N from low meet full_low, and from there full_high.
     """
     i = tile * BLOCK_M
     last_i = tl.minimum(i + BLOCK_M, queries) - 1
@@ -124,6 +124,20 @@ def key_range(
     full_low = low + tl.cdiv(tl.maximum(seen_by_all - low, 0), BLOCK_N) * BLOCK_N
     full_high = full_low + tl.maximum(position + 1 - full_low, 0) // BLOCK_N * BLOCK_N
     return low, full_low, full_high, last_position + 1
+
+
+@triton.jit
+def skipping(step, skip_low, skip_high):
+    """Where a walk is that leaves out skip_low to skip_high: one loop, so one copy of its body, for the ranges on both sides."""
+    return step + tl.where(step >= skip_low, skip_high - skip_low, 0)
+
+
+@triton.jit
+def distance(n, position, origin):
+    """n - position of keys and queries that broadcast, float32: exact for those below 2^24 tokens from `origin`, in the program's
+    tile. Two vectors are converted, not every pair; taking the slope times each vector would cost float32 a digit.
+    """
+    return (n - origin).to(tl.float32) - (position - origin).to(tl.float32)
 
 
 class Tile(NamedTuple):

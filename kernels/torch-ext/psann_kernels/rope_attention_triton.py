@@ -24,6 +24,7 @@ from .rope_attention_tiles_triton import (
     Tile,
     angles,
     block_d,
+    distance,
     document_start,
     features,
     first_key,
@@ -31,6 +32,7 @@ from .rope_attention_tiles_triton import (
     load_operand,
     operand,
     rotated,
+    skipping,
     turn,
     variant,
     with_unit_stride,
@@ -40,17 +42,18 @@ from .triton_support import LOG2_E, narrow, refuses_device, refuses_dtype
 
 @triton.jit
 def _attend(
-    m, l, acc, q, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, first, slope, scale, low, high, keys,
+    m, l, acc, q, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, origin, first, slope, scale, low,
+    high, skip_low, skip_high, keys,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr, IS_BOUNDED: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over keys low to high. m is in units of log2, l and acc are sums of 2^(score - m)."""
-    n = low + tl.arange(0, BLOCK_N)
-    for _ in range(low, high, BLOCK_N):
+    """The online softmax over keys low to high, less skip_low to skip_high. m is in units of log2; l, acc sum 2^(score - m)."""
+    for step in range(low, high - (skip_high - skip_low), BLOCK_N):
+        n = skipping(step, skip_low, skip_high) + tl.arange(0, BLOCK_N)
         row = n.to(tl.int64)[:, None]
         k = load_operand(k_ptr + row * k_t + c_k[None, :], (n < keys)[:, None] & inside_k[None, :])
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if HAS_ALIBI:
-            s = s * scale + slope * (n[None, :] - position[:, None]).to(tl.float32)
+            s = s * scale + slope * distance(n[None, :], position[:, None], origin)
         if MASKED:
             seen = n[None, :] <= position[:, None]
             if IS_BOUNDED:
@@ -75,7 +78,6 @@ def _attend(
         l = l * fade + tl.sum(p, 1)
         acc = tl.dot(operand(p, v_ptr.dtype.element_ty), v, acc * fade[:, None], input_precision="ieee")
         m = m_next
-        n += BLOCK_N
     return m, l, acc
 
 
@@ -93,6 +95,7 @@ def _forward_kernel(
     b, h = row // heads, row % heads
     i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     position = (i + keys - queries).to(tl.int32)
+    origin = (tile * BLOCK_M).to(tl.int32) + keys - queries
     start = document_start(i, b, keys, start_ptr, i < queries, HAS_DOCUMENTS)
     first = first_key(start, position, window, HAS_WINDOW)
     low, full_low, full_high, high = key_range(
@@ -115,18 +118,13 @@ def _forward_kernel(
     l = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
-    if HAS_DOCUMENTS or HAS_WINDOW:
-        m, l, acc = _attend(
-            m, l, acc, q, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, first, slope, scale,
-            low, tl.minimum(full_low, high), keys, BLOCK_N, True, True, HAS_ALIBI,
-        )  # fmt: skip
     m, l, acc = _attend(
-        m, l, acc, q, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, first, slope, scale,
-        full_low, full_high, keys, BLOCK_N, False, False, HAS_ALIBI,
+        m, l, acc, q, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, origin, first, slope, scale,
+        full_low, full_high, 0, 0, keys, BLOCK_N, False, False, HAS_ALIBI,
     )  # fmt: skip
     m, l, acc = _attend(
-        m, l, acc, q, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, first, slope, scale,
-        full_high, high, keys, BLOCK_N, True, HAS_DOCUMENTS or HAS_WINDOW, HAS_ALIBI,
+        m, l, acc, q, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, origin, first, slope, scale,
+        low, high, full_low, full_high, keys, BLOCK_N, True, HAS_DOCUMENTS or HAS_WINDOW, HAS_ALIBI,
     )  # fmt: skip
 
     # Queries without a key have l = 0: o is 0, and an infinite log-sum-exp makes their probabilities 0 in backward.
@@ -207,10 +205,7 @@ rope_attention_triton = define(
 )
 
 
-def refuses(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *, cu_seqlens: Tensor | None = None,
-    interleaved: bool = True, softmax_scale: float, window: int | None = None, alibi_slopes: Tensor | None = None,
-) -> str | None:  # fmt: skip
+def refuses(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, **options: Any) -> str | None:
     if q.shape[-1] > 256:
         return f"head_dim is {q.shape[-1]}; the kernel serves at most 256"
     return refuses_device(q) or refuses_dtype("q", q)
