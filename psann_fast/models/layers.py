@@ -122,14 +122,16 @@ class Attention(nn.Module):
             name: for_model(config.backend, OPS[name]) for name in ("rope_attention", "paged_append", "paged_attention")
         }
 
-    def _slopes(self, device: torch.device) -> Tensor | None:
-        return alibi_slopes(self.num_heads).to(device) if self.has_alibi else None
+    def _slopes(self, q: Tensor) -> Tensor | None:
+        if not self.has_alibi:
+            return None
+        return alibi_slopes(self.num_heads).to(q.device, torch.promote_types(q.dtype, torch.float32))
 
     def forward(self, x: Tensor, where: Window | CacheView, layer: int) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        slopes = self._slopes(x.device)
+        slopes = self._slopes(q)
         if isinstance(where, Window):
             y = rope_attention(
                 q, k, v, where.cos, where.sin, cu_seqlens=where.cu_seqlens, alibi_slopes=slopes, backend=self.backends["rope_attention"]
@@ -150,7 +152,7 @@ class Attention(nn.Module):
         new = self.q_proj.weight.new_empty
         device = self.q_proj.weight.device
         q, k = new(1, 1, self.num_heads, self.head_dim), new(1, 1, self.num_kv_heads, self.head_dim)
-        slopes = self._slopes(device)
+        slopes = self._slopes(q)
         yield OPS["rope_attention"], self.backends["rope_attention"], (q, k, k), {"alibi_slopes": slopes}
         cache = new(1, 16, self.num_kv_heads, self.head_dim)
         index = lambda *values, dtype: torch.tensor(values, dtype=dtype, device=device)  # noqa: E731 (three uses on the next lines)
