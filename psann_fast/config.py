@@ -319,8 +319,17 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def changed(config: Config, **changes: Any) -> Config:
-    """A copy of `config` with some fields changed, checked anew."""
-    return build(type(config), type(config).__name__, {**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)}, **changes})
+    """A copy of `config` with some fields changed, checked anew. What equals its default and is not changed follows the change:
+    d_mlp stays 4 * d_model, n_kv_heads stays n_heads, and rope= takes the place of positional_encoding."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    if isinstance(config, ModelConfig):
+        follows = {
+            "d_mlp": config.d_mlp == 4 * config.d_model,
+            "n_kv_heads": config.n_kv_heads == config.n_heads,
+            "positional_encoding": changes.get("rope") is not None,
+        }
+        values |= {name: None for name, is_default in follows.items() if is_default}
+    return build(type(config), type(config).__name__, {**values, **changes})
 
 
 def coerced(kind: type, name: str, value: Any) -> Any:

@@ -77,9 +77,10 @@ class psannLM:
         return {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
 
     def set_params(self, **params: Any) -> psannLM:
-        """Change options; returns self. Once the module is built, only `backend`, `device` and `max_length` can change.
+        """Change options; returns self. Once the module is built, only `backend`, `device` and `max_length` can change; a new
+        backend makes a new module with the same weights, the others keep the module.
 
-        Raises TypeError for an unknown option, ValueError for one that would need another module.
+        Raises TypeError for an unknown option, ValueError for one that would need other weights.
         """
         known = configuration.option_names(ModelConfig)
         for name in params:
@@ -93,12 +94,20 @@ class psannLM:
             ]  # fmt: skip
             if differs:
                 raise ValueError(f"set_params: {', '.join(differs)} cannot change once the module is built; make a new psannLM")
-            state = self._module.state_dict()
-            self._module = build_model(config)
-            self._module.load_state_dict(state)
-            self._module.to(resolve_device(config.device)).eval()
+            self._reconfigure(self._module, config)
         self.config = config
         return self
+
+    def _reconfigure(self, module: nn.Module, config: ModelConfig) -> None:
+        device = resolve_device(config.device)
+        if config.backend != self.config.backend:
+            state, dtype = module.state_dict(), next(module.parameters()).dtype
+            with torch.random.fork_rng(devices=[]):  # building draws initial weights, which must not move the caller's random state
+                module = build_model(config)
+            module.to(dtype).load_state_dict(state)
+        # Otherwise the same object, which the caller may hold: hooks stay, and fit trains what he holds.
+        module.config = config
+        self._module = module.to(device).eval()
 
     # -- training -----------------------------------------------------------------------------------------------------------
 
@@ -287,7 +296,7 @@ class psannLM:
             described = json.loads(files["config.json"].read_text(encoding="utf-8"))
             weights = load_file(files["model.safetensors"])
             model = cls(config=_saved_config(described["model"], weights, backend, device))
-            with torch.random.fork_rng():  # building draws initial weights, which must not move the caller's random state
+            with torch.random.fork_rng(devices=[]):  # building draws initial weights, which must not move the caller's random state
                 model.module.load_state_dict(weights)
             if described["tokenizer"]:
                 model.tokenizer = tokenizer_from_files({name: files[name].read_bytes() for name in described["tokenizer"]})
@@ -304,7 +313,8 @@ class psannLM:
         """
         config, state = convert(source)
         model = cls(config=configuration.changed(config, backend=backend, device=device))
-        model.module.load_state_dict(state)
+        with torch.random.fork_rng(devices=[]):  # as in load
+            model.module.load_state_dict(state)
         return model
 
 
