@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import numbers
 import warnings
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
@@ -211,37 +212,46 @@ class psannLM:
         """
         return self.generate_batch([prompt], **options)[0]
 
-    def generate_batch(self, prompts: Sequence[str], **options: Any) -> list[str]:
-        """One text for each prompt, lengths mixed at will; options as generate. With a seed, prompt i draws with seed + i,
-        so equal prompts differ and a text does not depend on its neighbours."""
-        requests = self._requests("generate_batch", prompts, options)
+    def generate_batch(self, prompts: Sequence[str], *, seed: int | Sequence[int] | None = None, **options: Any) -> list[str]:
+        """One text for each prompt, lengths mixed at will; options as generate.
+
+        seed  for all prompts, or one for each: text i is the one that generate(prompts[i], seed=seed or seed[i]) gives, whatever
+              its neighbours. None: a fresh one for each, from torch's random state
+        """
+        requests = self._requests("generate_batch", prompts, options, seed)
         for _ in run(self.module, requests, self.tokenizer.eos_id):
             pass
         return [request.text.text for request in requests]
 
-    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+    def stream(self, prompt: str, *, seed: int | None = None, **options: Any) -> Iterator[str]:
         """The text of generate in pieces, as soon as each is certain (no character is split). Options as generate."""
-        requests = self._requests("stream", [prompt], options)
+        requests = self._requests("stream", [prompt], options, seed)
         return (piece for _, piece in run(self.module, requests, self.tokenizer.eos_id) if piece)
 
-    def _requests(self, caller: str, prompts: Sequence[str], options: Mapping[str, Any]) -> list[Request]:
+    def _requests(
+        self, caller: str, prompts: Sequence[str], options: Mapping[str, Any], seed: int | Sequence[int] | None
+    ) -> list[Request]:
         tokenizer = self._needs_tokenizer(caller)
         known = [f.name for f in dataclasses.fields(SamplingParams)]
         for name in options:
             if name not in known:
                 raise configuration.unknown_option(caller, name, known)
-        params = SamplingParams(**options)
         if isinstance(prompts, str):
             raise ValueError("generate_batch: prompts is one str; pass a list of prompts, or call generate")
-        # Without a seed the draw still follows torch.manual_seed.
-        seed = int(torch.randint(1 << 62, ())) if params.seed is None else params.seed
+        prompts = list(prompts)
+        if seed is None:
+            seeds = torch.randint(1 << 62, (len(prompts),)).tolist()  # so that torch.manual_seed decides
+        else:
+            seeds = [seed] * len(prompts) if isinstance(seed, numbers.Integral) else list(seed)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{caller}: seed has {len(seeds)} values for {len(prompts)} prompts; pass one for all, or one for each")
         requests = []
-        for index, prompt in enumerate(prompts):
+        for index, (prompt, own_seed) in enumerate(zip(prompts, seeds)):
             if not isinstance(prompt, str):
                 raise ValueError(f"{caller}: prompt {index} is a {type(prompt).__name__}; it must be a str")
+            params = SamplingParams(**options, seed=own_seed)
             tokens = tokenizer.encode(prompt) or [tokenizer.eos_id]
-            text = TextStream(tokenizer.decode_bytes, params.stop_strings)
-            requests.append(Request(index, tokens, params, (seed + index) % (1 << 63), text))
+            requests.append(Request(index, tokens, params, TextStream(tokenizer.decode_bytes, params.stop_strings)))
         self._warn_beyond_window(max((r.longest for r in requests), default=0))
         return requests
 

@@ -31,7 +31,6 @@ class Request:
     index: int
     tokens: list[int]
     params: SamplingParams
-    seed: int
     text: TextStream
     prompt_length: int = 0
     cached: int = 0
@@ -98,7 +97,7 @@ def run(module: torch.nn.Module, requests: Sequence[Request], eos_id: int) -> It
 
         if drawing != [running[i] for i in ready]:
             drawing = [running[i] for i in ready]
-            batch = SamplingBatch.of([r.params for r in drawing], [r.seed for r in drawing], vocab_size, device)
+            batch = SamplingBatch.of([r.params for r in drawing], vocab_size, device)
         last = view.cu_seqlens[1:].to(torch.int64) - 1
         if len(ready) < len(running):
             last = last[torch.tensor(ready, device=device)]

@@ -26,7 +26,7 @@ class SamplingParams:
     repetition_penalty  positive logits of tokens already in prompt or output are divided by it, negative ones multiplied;
                         None or 1: off. Source: Keskar et al. 2019, arXiv:1909.05858
     stop                a string or strings at whose first occurrence the text ends; not part of the text
-    seed                whole number; None draws one from torch's random state
+    seed                whole number below 2^63; None where the caller draws one
 
     Raises ValueError for a value out of range, naming it.
     """
@@ -99,7 +99,7 @@ def _mix(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """The parameters of B requests as tensors on the model's device."""
+    """The parameters of B requests, each with its seed, as tensors on the model's device."""
 
     temperature: Tensor
     top_k: Tensor
@@ -111,7 +111,7 @@ class SamplingBatch:
     has_penalty: bool
 
     @classmethod
-    def of(cls, requests: Sequence[SamplingParams], seeds: Sequence[int], vocab_size: int, device: torch.device) -> SamplingBatch:
+    def of(cls, requests: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> SamplingBatch:
         wide = lambda values: torch.tensor(values, dtype=torch.float64, device=device)  # noqa: E731 (four uses on the next lines)
         return cls(
             temperature=wide([p.temperature for p in requests]),
@@ -119,7 +119,7 @@ class SamplingBatch:
             top_p=wide([1.0 if p.top_p is None else p.top_p for p in requests]),
             min_p=wide([p.min_p or 0.0 for p in requests]),
             penalty=wide([p.repetition_penalty or 1.0 for p in requests]),
-            seeds=torch.tensor(seeds, dtype=torch.int64, device=device),
+            seeds=torch.tensor([p.seed for p in requests], dtype=torch.int64, device=device),
             is_greedy=all(p.temperature == 0 for p in requests),
             has_penalty=any((p.repetition_penalty or 1.0) != 1.0 for p in requests),
         )
