@@ -219,14 +219,17 @@ class psannLM:
               its neighbours. None: a fresh one for each, from torch's random state
         """
         requests = self._requests("generate_batch", prompts, options, seed)
-        for _ in run(self.module, requests, self.tokenizer.eos_id):
+        for _ in self._run(requests):
             pass
         return [request.text.text for request in requests]
 
     def stream(self, prompt: str, *, seed: int | None = None, **options: Any) -> Iterator[str]:
         """The text of generate in pieces, as soon as each is certain (no character is split). Options as generate."""
         requests = self._requests("stream", [prompt], options, seed)
-        return (piece for _, piece in run(self.module, requests, self.tokenizer.eos_id) if piece)
+        return (piece for _, piece in self._run(requests) if piece)
+
+    def _run(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
+        return run(self.module, requests, self.tokenizer.eos_id, self.tokenizer.vocab_size)
 
     def _requests(
         self, caller: str, prompts: Sequence[str], options: Mapping[str, Any], seed: int | Sequence[int] | None

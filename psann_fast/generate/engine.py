@@ -52,10 +52,12 @@ class Request:
 
 
 @torch.inference_mode()
-def run(module: torch.nn.Module, requests: Sequence[Request], eos_id: int) -> Iterator[tuple[Request, str]]:
+def run(module: torch.nn.Module, requests: Sequence[Request], eos_id: int, vocab_size: int) -> Iterator[tuple[Request, str]]:
     """Advance all requests to their ends; yields (request, new text) as text becomes certain, finish_reason set with the last piece.
 
     finish_reason is "eos", "stop" or "length".
+
+    vocab_size  ids of the tokenizer; a model may have more rows, which are not drawn
     """
     if not requests:
         return
@@ -65,7 +67,6 @@ def run(module: torch.nn.Module, requests: Sequence[Request], eos_id: int) -> It
     rows = min(MAX_ROWS, len(requests))
     cache = PagedCache(module, num_blocks, BLOCK_SIZE, longest, rows)
     waiting, running, free_rows = deque(requests), [], list(range(rows))
-    vocab_size = module.config.vocab_size
     device = module.embed.weight.device
     seen = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
     batch: SamplingBatch | None = None
@@ -103,7 +104,7 @@ def run(module: torch.nn.Module, requests: Sequence[Request], eos_id: int) -> It
             last = last[torch.tensor(ready, device=device)]
         row_index = torch.tensor([r.row for r in drawing], device=device)
         positions = torch.tensor([r.cached for r in drawing], device=device)
-        drawn = next_tokens(module.lm_head(hidden[last]), batch, positions, seen[row_index] if batch.has_penalty else None)
+        drawn = next_tokens(module.lm_head(hidden[last])[:, :vocab_size], batch, positions, seen[row_index] if batch.has_penalty else None)
         if batch.has_penalty:
             seen[row_index, drawn] = True
 
