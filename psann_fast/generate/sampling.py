@@ -25,7 +25,7 @@ class SamplingParams:
     min_p               keep tokens of at least min_p times the likeliest one's probability, or None
     repetition_penalty  positive logits of tokens already in prompt or output are divided by it, negative ones multiplied;
                         None or 1: off. Source: Keskar et al. 2019, arXiv:1909.05858
-    stop                a string or strings at whose first occurrence the text ends; not part of the text
+    stop                a string or strings; the text ends before the first that is complete
     seed                whole number below 2^63; None where the caller draws one
 
     Raises ValueError for a value out of range, naming it.

@@ -10,7 +10,7 @@ class TextStream:
     """The text of one request.
 
     decode_bytes  ids -> bytes; that of a list is the concatenation of those of its items
-    stop          strings at whose first occurrence the text ends
+    stop          strings; the text ends before the first that is complete
     """
 
     def __init__(self, decode_bytes: Callable[[list[int]], bytes], stop: Sequence[str] = ()) -> None:
@@ -33,9 +33,10 @@ class TextStream:
         if self.is_stopped:
             return ""
         self._held += new
-        cuts = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
-        if cuts:
-            certain, self._held, self.is_stopped = self._held[: min(cuts)], "", True
+        # (end, start) of each: the string that is complete first ends the text, however the text came in pieces.
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            certain, self._held, self.is_stopped = self._held[: min(found)[1]], "", True
         else:
             keep = 0 if is_final else max((_overlap(self._held, stop) for stop in self._stop), default=0)
             certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
