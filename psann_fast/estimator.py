@@ -245,7 +245,7 @@ class psannLM:
         if seed is None:
             seeds = torch.randint(1 << 62, (len(prompts),)).tolist()  # so that torch.manual_seed decides
         else:
-            seeds = [seed] * len(prompts) if isinstance(seed, numbers.Integral) else list(seed)
+            seeds = [seed] * len(prompts) if isinstance(seed, (numbers.Number, str)) else list(seed)
         if len(seeds) != len(prompts):
             raise ValueError(f"{caller}: seed has {len(seeds)} values for {len(prompts)} prompts; pass one for all, or one for each")
         requests = []
