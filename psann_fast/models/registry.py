@@ -15,8 +15,9 @@ _BASES: dict[str, Callable[[ModelConfig], nn.Module]] = {"respsann": respsann.bu
 def register_base(name: str, builder: Callable[[ModelConfig], nn.Module]) -> None:
     """Make `base=name` build a model of yours.
 
-    builder  builder(config) -> nn.Module with the interface of LanguageModel: forward, hidden, decode, rotary_tables, lm_head,
-             config. `LanguageModel(config, block)` with a block of your own is the short way.
+    builder  builder(config) -> nn.Module with the interface of LanguageModel: forward and num_parameters to train; embed, decode,
+             wave_state_lengths, rotary_tables, lm_head and config to generate. `LanguageModel(config, block)` with a block of
+             your own is the short way.
 
     Raises ValueError if the name is taken.
     """
