@@ -63,9 +63,10 @@ def main() -> None:
 
     rows = []
     for seed in range(options.seeds):
-        if options.nanogpt is not None:
-            rows.append(run_nanogpt(options.nanogpt, text, seed))
-        rows += [run_ours(name, text, seed) for name in options.models]
+        runs = [] if options.nanogpt is None else [lambda: run_nanogpt(options.nanogpt, text, seed)]
+        for run in runs + [lambda name=name: run_ours(name, text, seed) for name in options.models]:
+            rows.append(run())
+            print(rows[-1], flush=True)
     summary = summarise(rows)
     write_results(options.out, rows + summary)
     print(f"\n{conditions()}\n")
