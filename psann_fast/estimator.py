@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
+from psann_kernels import OPS, explain
 from psann_kernels.registry import check_backend
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -71,7 +72,14 @@ class psannLM:
                 raise ValueError("vocab_size is None; pass vocab_size= to psannLM, or call fit, which takes it from the data")
             device = resolve_device(self.config.device)
             self._module = build_model(self.config).to(device).eval()
+            self._say_what_runs_as_auto()
         return self._module
+
+    def _say_what_runs_as_auto(self) -> None:
+        backend = self.config.backend
+        missing = sorted({row["op"] for row in explain(self._module) if backend != "auto" and not OPS[row["op"]].has(backend)})
+        if missing:
+            _LOG.info("backend=%r does not implement %s: there it is as under 'auto'", backend, ", ".join(missing))
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The options, as psannLM(**params) takes them. `deep` is there for scikit-learn's callers; nothing is nested."""
