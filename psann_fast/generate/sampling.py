@@ -61,7 +61,7 @@ class SamplingParams:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return () if self.stop is None else tuple(self.stop) if isinstance(self.stop, (list, tuple)) else (self.stop,)
 
 
 def _whole(name: str, value: object, least: int) -> None:
