@@ -4,6 +4,7 @@ Every op takes `backend="auto" | "triton" | "native" | "torch"`; `explain("dampe
 """
 
 from . import damped_sine as _damped_sine
+from . import paged_attention as _paged_attention
 from . import rms_norm as _rms_norm
 from . import rope_attention as _rope_attention
 from . import wave_conv as _wave_conv
@@ -22,6 +23,8 @@ attach(
     "triton",
     {"damped_sine_triton": _damped_sine.OP, "rms_norm_triton": _rms_norm.OP, "rope_attention_triton": _rope_attention.OP, "wave_conv_triton": _wave_conv.OP},
 )
+for _op in (_paged_attention.APPEND, _paged_attention.ATTENTION):
+    attach(__name__, "triton", "triton", {"paged_attention_triton": _op})
 attach_native({"damped_sine_native": _damped_sine.OP})
 
 __all__ = ["BACKENDS", "OPS", "BackendError", "DampedSine", "damped_sine", "explain", "paged_append", "paged_attention", "rms_norm", "rope_attention", "rotary_tables", "rotate", "wave_conv", "wave_state"]

@@ -185,7 +185,7 @@ def _attend_sequences(
 def _weights(
     q: Tensor, k: Tensor, distance: Tensor | None, softmax_scale: float, window: int | None, alibi_slopes: Tensor | None
 ) -> Tensor:
-    """Softmax over the keys of one sequence, or with leading dimensions of several: (..., Hkv, H / Hkv * n, S), in float32 at least.
+    """Softmax over the keys of one sequence, or with leading dimensions of several: (..., Hkv, H / Hkv * n, S), float32 at least.
 
     q         (..., n, H, D)
     k         (..., S, Hkv, D)
@@ -216,7 +216,9 @@ def _mix(p: Tensor, v: Tensor, q: Tensor) -> Tensor:
 def _check_cache(op: str, like: str, x: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
     """x is `like`, the tensor (tokens, heads, D) whose dtype, device and head_dim the caches must share."""
     if x.dim() != 3 or not x.is_floating_point():
-        raise ValueError(f"{op}: {like} has shape {tuple(x.shape)} and dtype {x.dtype}; it must be floating-point (tokens, heads, D)")
+        raise ValueError(
+            f"{op}: {like} has shape {tuple(x.shape)} and dtype {x.dtype}; it must be floating-point, (tokens, heads, head_dim)"
+        )
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.dim() != 4 or cache.shape[1] == 0:
             raise ValueError(
@@ -235,11 +237,12 @@ def _check_cache(op: str, like: str, x: Tensor, k_cache: Tensor, v_cache: Tensor
         raise ValueError(f"{op}: {like} or a cache requires grad, and this op is not differentiable; call it under torch.no_grad()")
 
 
-def _check_index(op: str, name: str, t: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+def _check_index(
+    op: str, name: str, t: Tensor, shape: tuple[int, ...], device: torch.device, *dtypes: torch.dtype
+) -> None:
     if t.shape != shape or t.dtype not in dtypes or t.device != device:
-        raise ValueError(
-            f"{op}: {name} is {t.dtype} {tuple(t.shape)} on {t.device}; it must be {' or '.join(map(str, dtypes))} {shape} on {device}"
-        )
+        wanted = " or ".join(map(str, dtypes))
+        raise ValueError(f"{op}: {name} is {t.dtype} {tuple(t.shape)} on {t.device}; it must be {wanted} {shape} on {device}")
 
 
 def _check_rotary(op: str, like: str, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
@@ -252,7 +255,9 @@ def _check_rotary(op: str, like: str, x: Tensor, cos: Tensor | None, sin: Tensor
         raise ValueError(f"{op}: {like} has head_dim {head_dim}; rotary positions turn pairs, so head_dim must be even")
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dim() != 2 or table.shape[1] != head_dim // 2 or table.shape != cos.shape:
-            raise ValueError(f"{op}: {name} has shape {tuple(table.shape)}; it must be (max_position, {head_dim // 2}), cos and sin alike")
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(table.shape)}; it must be (max_position, {head_dim // 2}), cos and sin alike"
+            )
         if table.dtype not in (torch.float32, torch.promote_types(x.dtype, torch.float32)) or table.device != x.device:
             raise ValueError(f"{op}: {name} is {table.dtype} on {table.device}; rotary tables are torch.float32 on {x.device}")
 
@@ -264,16 +269,18 @@ def _check_append(
     op = "paged_append"
     _check_cache(op, "k", k, k_cache, v_cache)
     if v.shape != k.shape or v.dtype != k.dtype or v.device != k.device:
-        raise ValueError(f"{op}: v is {v.dtype} {tuple(v.shape)} on {v.device} and k {k.dtype} {tuple(k.shape)} on {k.device}; they must agree")
+        raise ValueError(
+            f"{op}: v is {v.dtype} {tuple(v.shape)} on {v.device} and k {k.dtype} {tuple(k.shape)} on {k.device}; they must agree"
+        )
     if torch.is_grad_enabled() and v.requires_grad:
         raise ValueError(f"{op}: v requires grad, and this op is not differentiable; call it under torch.no_grad()")
     if k.shape[1] != k_cache.shape[2]:
         raise ValueError(f"{op}: k has {k.shape[1]} heads and the caches {k_cache.shape[2]}; they must be equal")
     tokens = (k.shape[0],)
-    _check_index(op, "slot_mapping", slot_mapping, tokens, (torch.int64,), k.device)
+    _check_index(op, "slot_mapping", slot_mapping, tokens, k.device, torch.int64)
     _check_rotary(op, "k", k, cos, sin)
     if positions is not None:
-        _check_index(op, "positions", positions, tokens, (torch.int32, torch.int64), k.device)
+        _check_index(op, "positions", positions, tokens, k.device, torch.int32, torch.int64)
     elif cos is not None:
         raise ValueError(f"{op}: cos and sin are given without positions; pass each token's position, int64 {tokens}")
     if k.shape[0] == 0 or not are_values_known(slot_mapping):
@@ -314,9 +321,9 @@ def _check_attention(
     if block_table.dim() != 2:
         raise ValueError(f"{op}: block_table has shape {tuple(block_table.shape)}; it must be (B, max_blocks) int32")
     sequences = block_table.shape[0]
-    _check_index(op, "block_table", block_table, tuple(block_table.shape), (torch.int32,), q.device)
-    _check_index(op, "seq_lens", seq_lens, (sequences,), (torch.int32,), q.device)
-    _check_index(op, "cu_seqlens_q", cu_seqlens_q, (sequences + 1,), (torch.int32,), q.device)
+    _check_index(op, "block_table", block_table, tuple(block_table.shape), q.device, torch.int32)
+    _check_index(op, "seq_lens", seq_lens, (sequences,), q.device, torch.int32)
+    _check_index(op, "cu_seqlens_q", cu_seqlens_q, (sequences + 1,), q.device, torch.int32)
     _check_rotary(op, "q", q, cos, sin)
     if window is not None and window < 1:
         raise ValueError(f"{op}: window is {window}; a query sees at least itself, so window is None or at least 1")
@@ -360,6 +367,8 @@ def _check_attention_values(
             raise ValueError(
                 f"{op}: seq_lens[{b}] is {length}, but cos and sin have {len(cos)} rows; compute longer rotary tables"
             )
+    if block_table.numel() == 0:
+        return
     lowest, highest = block_table.aminmax()
     if lowest >= 0 and highest < num_blocks:
         return
