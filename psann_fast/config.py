@@ -257,7 +257,7 @@ class DataConfig:
     max_length: int = _option(256, _whole(1), "tokens of a training window")
     pack_sequences: bool = _option(True, _flag, "pack documents end to end (attention stays inside each document)")
     val_split: float = _option(0.0, _real(0, 1, open_high=True), "fraction of the text held out for validation")
-    seed: int = _option(1337, _whole(0), "seed of the split and of the order of examples")
+    seed: int = _option(1337, _whole(0), "seed of the split and of the tokenizer's sample")
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -332,10 +332,13 @@ def changed(config: Config, **changes: Any) -> Config:
     return build(type(config), type(config).__name__, {**values, **changes})
 
 
+_NONE = ("none", "null")
+
+
 def coerced(kind: type, name: str, value: Any) -> Any:
     """`value` of option `name` as YAML or a command line gives it, as the field takes it: "2e-4" is a number, "1,2,4" a tuple."""
     wanted = str({f.name: f.type for f in dataclasses.fields(kind)}.get(name, ""))
-    if isinstance(value, str) and "tuple" in wanted:
+    if isinstance(value, str) and "tuple" in wanted and value.lower() not in _NONE:
         return tuple(coerced_scalar(item.strip()) for item in value.split(",") if item.strip())
     if isinstance(value, str) and not wanted.startswith("str"):
         return coerced_scalar(value)
@@ -346,7 +349,7 @@ def coerced(kind: type, name: str, value: Any) -> Any:
 
 def coerced_scalar(text: str) -> Any:
     """None, True, False, a number, or the text itself."""
-    words = {"none": None, "null": None, "true": True, "false": False}
+    words = {**dict.fromkeys(_NONE), "true": True, "false": False}
     if text.lower() in words:
         return words[text.lower()]
     for number in (int, float):

@@ -44,11 +44,14 @@ def parse(text: str, where: str) -> Settings:
     for section, options in raw.items():
         if section not in SECTIONS:
             raise configuration.unknown_option(where, str(section), SECTIONS)
+        options = {} if options is None else options
+        if not isinstance(options, Mapping):
+            raise ValueError(f"{where}, section {section}, holds a {type(options).__name__}; it must hold options, one a line: name: value")
         known = configuration.option_names(SECTIONS[section])
-        for name in options or {}:
+        for name in options:
             if name not in known:
                 raise configuration.unknown_option(f"{where}, section {section},", str(name), known)
-        settings[section] = {name: configuration.coerced(SECTIONS[section], name, value) for name, value in (options or {}).items()}
+        settings[section] = {name: configuration.coerced(SECTIONS[section], name, value) for name, value in options.items()}
     return settings
 
 
