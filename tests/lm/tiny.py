@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from psann_fast import psannLM, psannLMDataPrep
 from psann_fast.config import ModelConfig
 from psann_fast.models import LanguageModel, build_model
 
@@ -32,3 +33,32 @@ def tiny(seed: int = 0, **options: Any) -> LanguageModel:
 def tokens(*shape: int, seed: int = 0, vocab_size: int = VOCABULARY) -> torch.Tensor:
     """(shape) int64, uniform."""
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+SENTENCES = [
+    "The sea was calm and the boat went slowly home.",
+    "A red fox ran over the hill, and nobody saw it.",
+    "Rain fell all night; in the morning the street was a river.",
+    "She read the letter twice before she answered.",
+    "Nothing is as loud as a clock in an empty house.",
+]
+
+
+def data(**options: Any) -> psannLMDataPrep:
+    """Five sentences, byte tokens, windows of 16."""
+    return psannLMDataPrep(SENTENCES, **{"tokenizer": "simple", "max_length": 16, **options})
+
+
+def model(seed: int = 0, **options: Any) -> psannLM:
+    """A psannLM of one small layer, its module built, so that equal seeds start alike."""
+    torch.manual_seed(seed)
+    small = dict(base="respsann", d_model=16, n_layers=1, n_heads=2, d_mlp=24, vocab_size=258, device="cpu")
+    lm = psannLM(**{**small, **options})
+    lm.module
+    return lm
+
+
+def fitted(lm: psannLM | None = None, prepared: psannLMDataPrep | None = None, **options: Any) -> psannLM:
+    """`lm` after a few steps, a row of history_ for each."""
+    quick = dict(batch_tokens=64, max_steps=4, log_interval_steps=1, progress=False, amp="fp32")
+    return (lm or model()).fit(prepared or data(), **{**quick, **options})
