@@ -104,8 +104,9 @@ def ninja_file(folder, compiler, target, source_hash):
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         for isa in isas:
             compile_edge(source, f"{source.stem}.{isa}", [*INSTRUCTION_SETS[isa], f"-DPSANN_NAMESPACE={isa}"])
-    compile_edge(CSRC / "threads.cpp", "threads", [])
-    compile_edge(CSRC / "dispatch.cpp", "dispatch", has)
+    for name in ("threads", "checks"):
+        compile_edge(CSRC / f"{name}.cpp", name, ["-O2"])
+    compile_edge(CSRC / "dispatch.cpp", "dispatch", ["-O2", *has])
     compile_edge(CSRC / "bindings.cpp", "bindings", ["-O2", *python])
     (folder / "build.ninja").write_text(
         f"rule compile\n  command = {quote([*compiler, *flags])} $extra -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"

@@ -28,9 +28,111 @@ struct DampedSineBackward {
     int threads;
 };
 
+// y = h / sqrt(mean(h^2) + eps) * weight with h = x + residual rounded to its type; rows with unit stride, y and h contiguous.
+struct RmsNormForward {
+    const void *x, *residual, *weight;  // residual may be null: h is x
+    void *y, *h;                        // h is null where residual is
+    int64_t rows, features, x_stride, residual_stride;
+    float eps;
+    Type type, weight_type;
+    int threads;
+};
+
+struct RmsNormBackward {
+    const void *h, *dy, *dh_in, *weight;  // dh_in, a gradient of h itself, may be null
+    void* dh;                             // contiguous
+    float* dweight;
+    int64_t rows, features, h_stride, dy_stride, dh_in_stride;
+    float eps;
+    Type type, weight_type;
+    int threads;
+};
+
+constexpr int WAVE_CONV_MAX_TAPS = 16;
+
+// x (tokens, features) with unit stride along a row.
+struct WaveConv {
+    const void *x, *state;                         // state (documents, (taps - 1) * dilation, features) contiguous, or null: 0
+    const float *weight, *bias;                    // (features, taps), (features) or null
+    const float *amplitude, *frequency, *damping;  // (features)
+    const int32_t* cu_seqlens;                     // (documents + 1), or null: each row of row_length tokens is a document
+    int64_t tokens, features, taps, dilation, documents, row_length, x_stride;  // row_length 0: cu_seqlens alone bounds documents
+    Type type;                                     // of x, state, y, dy, dx
+    int mode;
+};
+
+struct WaveConvForward {
+    WaveConv conv;
+    void* y;  // contiguous
+    int threads;
+};
+
+struct WaveConvBackward {
+    WaveConv conv;
+    const void* dy;
+    void* dx;  // contiguous
+    float *dweight, *dbias, *damplitude, *dfrequency, *ddamping;
+    int64_t dy_stride;
+    int threads;
+};
+
+// Rows of a key or value cache: slot s of block b, head h begins at b * block_stride + s * slot_stride + h * head_stride.
+struct Cache {
+    void* data;
+    int64_t block_stride, slot_stride, head_stride;
+};
+
+struct Rotary {
+    const float *cos, *sin;  // (max_position, head_dim / 2) contiguous; null: nothing is rotated
+    bool interleaved;        // adjacent pairs, else halves
+};
+
+// k, v (tokens, heads, head_dim) with unit stride along a head.
+struct PagedAppend {
+    const void *k, *v;
+    Cache k_cache, v_cache;
+    const int64_t *slot_mapping, *positions;  // slot -1: skip; positions may be null where nothing is rotated
+    Rotary rotary;
+    int64_t tokens, heads, head_dim, block_size;
+    int64_t k_stride, k_head_stride, v_stride, v_head_stride;
+    Type type;
+    int threads;
+};
+
+struct PagedAttention {
+    const void* q;  // (rows, heads, head_dim) with unit stride along a head
+    Cache k_cache, v_cache;
+    const int32_t *block_table, *seq_lens, *cu_seqlens_q;
+    const float* alibi_slopes;  // (heads), or null
+    void* o;                    // (rows, heads, head_dim) contiguous
+    Rotary rotary;
+    int64_t rows, sequences, heads, kv_heads, head_dim, block_size, table_stride, q_stride, q_head_stride;
+    int64_t window;  // tokens seen at most; 0: all
+    float softmax_scale;
+    Type type;
+    int threads;
+};
+
+// y (rows, outputs) = x (rows, inputs) weight^T * scale + bias, summed in float.
+struct Linear {
+    const void *x, *weight;
+    const float *scale, *bias;  // (outputs) or null
+    void* y;                    // contiguous
+    int64_t rows, inputs, outputs, x_stride, weight_stride;
+    Type type, weight_type;
+    int threads;
+};
+
 #define PSANN_KERNELS(X)                        \
     X(damped_sine_forward, DampedSineForward)   \
-    X(damped_sine_backward, DampedSineBackward)
+    X(damped_sine_backward, DampedSineBackward) \
+    X(rms_norm_forward, RmsNormForward)         \
+    X(rms_norm_backward, RmsNormBackward)       \
+    X(wave_conv_forward, WaveConvForward)       \
+    X(wave_conv_backward, WaveConvBackward)     \
+    X(paged_append, PagedAppend)                \
+    X(paged_attention, PagedAttention)          \
+    X(linear, Linear)
 
 #define PSANN_DECLARE(name, Arguments) void name(const Arguments&);
 #define PSANN_MEMBER(name, Arguments) void (*name)(const Arguments&);

@@ -3,18 +3,14 @@
 // Forward reads z and writes y. Backward reads z and dy, recomputes exp, sin and cos, writes dz and adds up the three parameter
 // gradients: over rows in the order of memory within a block, blocks in order within a slab, slabs in order. Blocks and slabs
 // follow from the number of rows alone, so the result does not depend on the number of threads.
-//
-// A vector takes one of three ways. Nearly all take the first. Where 2^x may underflow the second pays four more instructions.
-// The last, lane by lane in double, is for NaN, infinity, phases beyond 2^21 half turns and growing exponentials.
 #include "../kernels.h"
 #include "../threads.h"
-#include "sine.h"
+#include "damped_sine.h"
 
 namespace PSANN_NAMESPACE {
+namespace {
 
 constexpr int TILE = 512;        // features whose constants stay in the first-level cache
-// Rows that go through each step together: two hide the latency of the polynomials, more do not fit the registers.
-constexpr int PAIR = 2;
 constexpr int BLOCK_ROWS = 64;   // rows added up in float before they join their slab's sum
 constexpr int MAX_SLABS = 32;
 // Below it, elements, a second thread costs more than it saves.
@@ -23,46 +19,6 @@ constexpr int64_t GRAIN = 1 << 14;
 constexpr int64_t STREAM_BYTES = 32 << 20;
 
 using Tile = Features<TILE>;
-
-template <int MODE> static double envelope(double z, double damping) {
-    return MODE == NONE ? 1.0 : exp(-damping * (MODE == ABS ? fabs(z) : z > 0 || z != z ? z : 0.0));
-}
-
-template <int MODE> static __attribute__((noinline)) Float careful_forward(const Tile& t, int64_t c, Float z) {
-    Float y;
-    for (int i = 0; i < WIDTH; i++) {
-        double x = z[i];
-        y[i] = static_cast<float>(t.amplitude[c + i] * sin(t.frequency[c + i] * x) * envelope<MODE>(x, t.damping[c + i]));
-    }
-    return y;
-}
-
-template <int R> INLINE bool near(const float* limit, const Float (&magnitude)[R]) {
-    bool every = true;
-    for (int i = 0; i < R; i++) every &= all_below(magnitude[i], load(limit));
-    return every;
-}
-
-// R rows of one column of vectors.
-template <int MODE, int R> INLINE void forward_vectors(const Tile& t, int64_t c, const Float (&z)[R], Float (&y)[R]) {
-    Float magnitude[R], g[R], e[R];
-    for (int i = 0; i < R; i++) magnitude[i] = abs(z[i]), g[i] = damped_by<MODE>(z[i]);
-    if (__builtin_expect(near(t.near + c, magnitude), 1)) {
-        if constexpr (MODE != NONE) exp2_product(g, load(t.exponent + c), e);
-    } else if (near(t.far + c, magnitude)) {
-        for (int i = 0; i < R; i++) e[i] = exp2_product_any(g[i], load(t.exponent + c));
-    } else {
-        for (int i = 0; i < R; i++) y[i] = careful_forward<MODE>(t, c, z[i]);
-        return;
-    }
-    Float r[R];
-    Int flip[R];
-    reduce(z, load(t.high + c), load(t.low + c), r, flip);
-    sine(r, flip, y);
-    for (int i = 0; i < R; i++) y[i] *= load(t.amplitude + c);
-    if constexpr (MODE != NONE)
-        for (int i = 0; i < R; i++) y[i] *= e[i];
-}
 
 template <class T, int MODE> static void forward_tile(const Tile& t, const T* z, T* y, int64_t rows, int64_t columns, int64_t z_stride, int64_t y_stride, bool streams) {
     for (int64_t r = 0; r < rows; r += PAIR) {
@@ -112,51 +68,6 @@ template <class T, int MODE> static void forward(const DampedSineForward& a) {
 struct Sums {
     alignas(64) float amplitude[TILE], frequency[TILE], damping[TILE];
 };
-
-struct Gradient {
-    Float dz, amplitude, frequency, damping;
-};
-
-template <int MODE> static __attribute__((noinline)) Gradient careful_backward(const Tile& t, int64_t c, Float z, Float dy) {
-    Gradient out;
-    for (int i = 0; i < WIDTH; i++) {
-        double x = z[i], f = t.frequency[c + i], d = t.damping[c + i];
-        double p = dy[i] * envelope<MODE>(x, d), ps = p * sin(f * x), pc = p * cos(f * x);
-        double g = MODE == ABS ? fabs(x) : MODE == RELU ? (x > 0 || x != x ? x : 0.0) : 0.0;
-        double slope = MODE == ABS ? (x > 0) - (x < 0) : MODE == RELU ? x > 0 : 0;
-        out.dz[i] = static_cast<float>(t.amplitude[c + i] * (f * pc - d * slope * ps));
-        out.amplitude[i] = static_cast<float>(ps);
-        out.frequency[i] = static_cast<float>(x * pc);
-        out.damping[i] = static_cast<float>(g * ps);
-    }
-    return out;
-}
-
-template <int MODE, int R> INLINE void backward_vectors(const Tile& t, int64_t c, const Float (&z)[R], const Float (&dy)[R], Gradient (&out)[R]) {
-    Float magnitude[R], g[R], e[R];
-    for (int i = 0; i < R; i++) magnitude[i] = abs(z[i]), g[i] = damped_by<MODE>(z[i]);
-    if (__builtin_expect(near(t.near + c, magnitude), 1)) {
-        if constexpr (MODE != NONE) exp2_product(g, load(t.exponent + c), e);
-    } else if (near(t.far + c, magnitude)) {
-        for (int i = 0; i < R; i++) e[i] = exp2_product_any(g[i], load(t.exponent + c));
-    } else {
-        for (int i = 0; i < R; i++) out[i] = careful_backward<MODE>(t, c, z[i], dy[i]);
-        return;
-    }
-    Float r[R], s[R], k[R];
-    Int flip[R];
-    reduce(z, load(t.high + c), load(t.low + c), r, flip);
-    sine(r, flip, s);
-    cosine(r, flip, k);
-    Float amplitude = load(t.amplitude + c), frequency = load(t.frequency + c), damping = load(t.damping + c);
-    for (int i = 0; i < R; i++) {
-        Float p = MODE == NONE ? dy[i] : dy[i] * e[i], ps = p * s[i], pc = p * k[i], dz = frequency * pc;
-        // sgn(z) damping; at z = 0 the sine is 0 too.
-        if constexpr (MODE == ABS) dz = fma((Float)((Int)-damping ^ ((Int)z[i] & INT32_MIN)), ps, dz);
-        if constexpr (MODE == RELU) dz = fma(z[i] > 0 ? -damping : Float{}, ps, dz);
-        out[i] = {amplitude * dz, ps, z[i] * pc, MODE == NONE ? Float{} : g[i] * ps};
-    }
-}
 
 template <class T, int MODE> static void backward_tile(
     const Tile& t, Sums& sums, const T* z, const T* dy, T* dz, int64_t rows, int64_t columns, int64_t z_stride, int64_t dy_stride, int64_t dz_stride, bool streams) {
@@ -244,6 +155,8 @@ template <class T> static void forward_of(const DampedSineForward& a) {
 template <class T> static void backward_of(const DampedSineBackward& a) {
     a.mode == ABS ? backward<T, ABS>(a) : a.mode == RELU ? backward<T, RELU>(a) : backward<T, NONE>(a);
 }
+
+}  // namespace
 
 void damped_sine_forward(const DampedSineForward& a) {
     a.type == Type::FLOAT32 ? forward_of<float>(a) : a.type == Type::BFLOAT16 ? forward_of<bf16>(a) : forward_of<fp16>(a);

@@ -104,6 +104,13 @@ INLINE bool all_below(Float a, Float b) {
 
 // The sum of the lanes, in a fixed tree.
 INLINE float sum(Float x) {
+#if defined(PSANN_AVX2)
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#elif defined(PSANN_AVX512)
+    return _mm512_reduce_add_ps((__m512)x);
+#endif
     for (int step = WIDTH / 2; step > 0; step /= 2)
         for (int i = 0; i < step; i++) x[i] += x[i + step];
     return x[0];
@@ -166,6 +173,7 @@ INLINE Short narrow_fp16(Float x) {
 #endif
 }
 
+INLINE Float load(const int8_t* p) { return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const ByteAnywhere*>(p), Int), Float); }
 INLINE Float load(const bf16* p) { return widen_bf16(*reinterpret_cast<const ShortAnywhere*>(p)); }
 INLINE Float load(const fp16* p) { return widen_fp16(*reinterpret_cast<const ShortAnywhere*>(p)); }
 INLINE void store(bf16* p, Float x) { *reinterpret_cast<ShortAnywhere*>(p) = narrow_bf16(x); }

@@ -83,9 +83,9 @@ template <int R> INLINE void exp2_product(const Float (&g)[R], Float exponent, F
     for (int i = 0; i < R; i++) out[i] = (Float)((Int)out[i] + shift[i]);
 }
 
-// The same for any finite product: underflows through the denormals to 0, overflows to infinity.
+// The same for any finite product: underflows through the denormals to 0, overflows to infinity. Two factors, each a normal number.
 INLINE Float exp2_product_any(Float g, Float exponent) {
-    Float x = min(max(g * exponent, all(-300.0f)), all(300.0f));
+    Float x = min(max(g * exponent, all(-252.0f)), all(252.0f));
     Float n = (x + ROUNDER) - ROUNDER;
     Int whole = __builtin_convertvector(n, Int), half = whole >> 1;
     Float scale = (Float)((half + 127) << 23), rest = (Float)((whole - half + 127) << 23);

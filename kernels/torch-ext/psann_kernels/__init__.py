@@ -4,6 +4,7 @@ Every op takes `backend="auto" | "triton" | "native" | "torch"`; `explain("dampe
 """
 
 from . import damped_sine as _damped_sine
+from . import linear as _linear
 from . import paged_attention as _paged_attention
 from . import rms_norm as _rms_norm
 from . import rope_attention as _rope_attention
@@ -11,6 +12,7 @@ from . import wave_conv as _wave_conv
 from .damped_sine import damped_sine
 from .paged_attention import paged_append, paged_attention
 from .modules import DampedSine
+from .linear import linear
 from .native import attach as attach_native
 from .registry import BACKENDS, OPS, BackendError, attach, explain
 from .rms_norm import rms_norm
@@ -25,6 +27,15 @@ attach(
 )
 for _op in (_paged_attention.APPEND, _paged_attention.ATTENTION):
     attach(__name__, "triton", "triton", {"paged_attention_triton": _op})
-attach_native({"damped_sine_native": _damped_sine.OP})
+attach_native(
+    {
+        "damped_sine_native": _damped_sine.OP,
+        "linear_native": _linear.OP,
+        "paged_append_native": _paged_attention.APPEND,
+        "paged_attention_native": _paged_attention.ATTENTION,
+        "rms_norm_native": _rms_norm.OP,
+        "wave_conv_native": _wave_conv.OP,
+    }
+)
 
-__all__ = ["BACKENDS", "OPS", "BackendError", "DampedSine", "damped_sine", "explain", "paged_append", "paged_attention", "rms_norm", "rope_attention", "rotary_tables", "rotate", "wave_conv", "wave_state"]
+__all__ = ["BACKENDS", "OPS", "BackendError", "DampedSine", "damped_sine", "explain", "linear", "paged_append", "paged_attention", "rms_norm", "rope_attention", "rotary_tables", "rotate", "wave_conv", "wave_state"]

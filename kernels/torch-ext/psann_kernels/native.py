@@ -71,6 +71,11 @@ def attach(modules: dict[str, Op]) -> None:
             importlib.import_module(f".{name}", __package__)
 
 
+def address(t: Tensor | None) -> int:
+    """Where t's first element lies; None is 0, which the kernels read as absent."""
+    return 0 if t is None else t.data_ptr()
+
+
 def as_rows(t: Tensor) -> Tensor:
     """t (..., F) as (rows, F) with unit stride along F; copied only where no view has that form."""
     rows = t.reshape(-1, t.shape[-1])

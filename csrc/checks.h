@@ -1,0 +1,8 @@
+// What only the values of index tensors can show to be wrong; a kernel that believed them would leave its memory. Each throws
+// std::invalid_argument, which Python sees as ValueError.
+#pragma once
+
+#include "kernels.h"
+
+void check_paged_append(const PagedAppend&, int64_t num_blocks, int64_t max_position);
+void check_paged_attention(const PagedAttention&, int64_t num_blocks, int64_t max_blocks, int64_t max_position);

@@ -1,0 +1,74 @@
+"""Native twin of linear for few rows: csrc/cpu/linear.cpp. Read linear.py first.
+
+With one row the time is that of reading the weights once, N * K * itemsize bytes. Every output is summed over the inputs in one
+order, whatever the number of rows, so a row's result does not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .library import define
+from .linear import OP
+from .native import NATIVE, TYPES, address, as_rows, refuses_device, refuses_dtype
+
+WEIGHT_TYPES = {**TYPES, torch.int8: 3}
+# More rows reuse each weight enough for a matrix product that blocks for the caches to be faster.
+MAX_ROWS = 8
+
+
+def _forward(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    y = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype)
+    if y.numel() == 0:
+        return y
+    rows, weight = as_rows(x), as_rows(weight)
+    scale = None if scale is None else scale.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    NATIVE.linear(
+        rows.data_ptr(), weight.data_ptr(), address(scale), address(bias), y.data_ptr(), *rows.shape, weight.shape[0],
+        rows.stride(0), weight.stride(0), TYPES[x.dtype], WEIGHT_TYPES[weight.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, scale, bias = ctx.saved_tensors
+    wide = dy.float()
+    scaled = wide if scale is None else wide * scale
+    dx = (scaled @ weight.float()).to(x.dtype)
+    dweight = dbias = None
+    if weight.is_floating_point():
+        dweight = (wide.flatten(0, -2).t() @ x.float().flatten(0, -2)).to(weight.dtype) if x.dim() > 1 else torch.outer(wide, x.float()).to(weight.dtype)
+    if bias is not None:
+        dbias = wide.reshape(-1, wide.shape[-1]).sum(0).to(bias.dtype)
+    return dx, dweight, None, dbias
+
+
+linear_native = define(
+    "linear_native(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor",
+    _forward,
+    lambda x, weight, scale, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    _differentiate,
+    _setup_context,
+)
+
+
+def refuses(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None) -> str | None:
+    rows = x.shape[:-1].numel()
+    if rows > MAX_ROWS:
+        return f"x has {rows} rows; the kernel serves 1 to {MAX_ROWS}, more are a matter for a matrix product"
+    if weight.dtype not in WEIGHT_TYPES:
+        return f"weight is {weight.dtype}; the kernel serves float32, bfloat16, float16 and int8"
+    return refuses_device(x) or refuses_dtype("x", x)
+
+
+@OP.offer("native", refuses)
+def _serve(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    return linear_native(x, weight, scale, bias)

@@ -1,0 +1,106 @@
+"""Native twin of rms_norm: csrc/cpu/rms_norm.cpp. Read rms_norm.py first.
+
+Forward reads x (and residual) and writes y (and h); backward reads h and dy (and the gradient of h itself) and writes one
+gradient, which serves x and residual alike. The root is recomputed while the row is in the first cache. The weight's gradient
+is added up in blocks that follow from the number of rows alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .library import define
+from .native import NATIVE, TYPES, address, as_rows, refuses_device, refuses_dtype
+from .rms_norm import OP
+
+
+def _add_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
+    y = torch.empty(x.shape, dtype=x.dtype)
+    h = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
+    if x.numel() == 0:
+        return y, h
+    rows = as_rows(x)
+    added = rows if residual is None else as_rows(residual)
+    weight = weight.contiguous()
+    NATIVE.rms_norm_forward(
+        rows.data_ptr(), 0 if residual is None else added.data_ptr(), weight.data_ptr(), y.data_ptr(), address(h), *rows.shape,
+        rows.stride(0), added.stride(0), eps, TYPES[x.dtype], TYPES[weight.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return y, h
+
+
+def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _add_forward(x, None, weight, eps)[0]
+
+
+def _backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    dx, dweight = torch.empty(h.shape, dtype=h.dtype), torch.empty(weight.shape)
+    if h.numel() == 0:
+        return dx, dweight.zero_().to(weight.dtype)
+    rows, dy_rows = as_rows(h), as_rows(dy)
+    dh_rows = dy_rows if dh is None else as_rows(dh)
+    weight = weight.contiguous()
+    NATIVE.rms_norm_backward(
+        rows.data_ptr(), dy_rows.data_ptr(), 0 if dh is None else dh_rows.data_ptr(), weight.data_ptr(), dx.data_ptr(),
+        dweight.data_ptr(), *rows.shape, rows.stride(0), dy_rows.stride(0), dh_rows.stride(0), eps, TYPES[h.dtype],
+        TYPES[weight.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, dweight.to(weight.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    h, weight = ctx.saved_tensors
+    return *rms_norm_native_backward(dy, None, h, weight, ctx.eps), None
+
+
+def _add_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, weight, ctx.eps = inputs
+    # A gradient that nobody sent stays None, so that it is not read.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], weight)
+
+
+def _add_differentiate(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return dh, dh, None, None
+    h, weight = ctx.saved_tensors
+    dx, dweight = rms_norm_native_backward(dy, dh, h, weight, ctx.eps)
+    return dx, dx, dweight, None
+
+
+rms_norm_native_backward = define(
+    "rms_norm_native_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, float eps) -> (Tensor, Tensor)",
+    _backward,
+    lambda dy, dh, h, weight, eps: (h.new_empty(h.shape), weight.new_empty(weight.shape)),
+)
+rms_norm_native = define(
+    "rms_norm_native(Tensor x, Tensor weight, float eps) -> Tensor",
+    _forward,
+    lambda x, weight, eps: x.new_empty(x.shape),
+    _differentiate,
+    _setup_context,
+)
+add_rms_norm_native = define(
+    "add_rms_norm_native(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    _add_forward,
+    lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    _add_differentiate,
+    _add_setup_context,
+)
+
+
+def refuses(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, eps: float = 1e-6) -> str | None:
+    return refuses_device(x) or refuses_dtype("x", x)
+
+
+@OP.offer("native", refuses)
+def _serve(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, eps: float = 1e-6) -> Tensor | tuple[Tensor, Tensor]:
+    return rms_norm_native(x, weight, eps) if residual is None else add_rms_norm_native(x, residual, weight, eps)
