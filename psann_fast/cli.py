@@ -1,4 +1,4 @@
-"""The command line: psann-fast train | generate | eval | doctor."""
+"""The command line: psann-fast train | generate | eval | import | doctor."""
 
 from __future__ import annotations
 
@@ -72,6 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(evaluate)
     evaluate.add_argument("--data", nargs="+", metavar="PATH", required=True, help="text files, or folders of .txt files")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
+
+    importer = commands.add_parser("import", help="bring in a model of psannlm")
+    importer.set_defaults(run=_import)
+    importer.add_argument("path", help=".pt file of psannlm 2.0.1 or 0.12; nothing in it is executed")
+    importer.add_argument("--out", metavar="FOLDER", required=True, help="folder for the model")
+    importer.add_argument("--drop", action="append", default=[], metavar="PART", help="leave a part behind: wave, psannlm's temporal branch")
+    importer.add_argument("--n-heads", type=int, metavar="N", help="for files that do not say it")
+    importer.add_argument("--positional-encoding", metavar="NAME", help="rope, alibi or sinusoidal, for files that do not say it")
 
     doctor = commands.add_parser("doctor", help="versions, devices, and which backend would serve each op")
     doctor.set_defaults(run=_doctor)
@@ -165,6 +173,16 @@ def _eval(options: argparse.Namespace) -> int:
     else:
         for name, value in result.items():
             print(f"{name:16} {value:,}" if isinstance(value, int) else f"{name:16} {value:.4f}")
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    model = psannLM.from_psannlm(
+        options.path, drop=options.drop, n_heads=options.n_heads, positional_encoding=options.positional_encoding, device="cpu"
+    )
+    model.save(options.out)
+    tokenizer = "without a tokenizer" if model.tokenizer is None else f"with its {model.tokenizer.name} tokenizer"
+    print(f"{model.module.num_parameters():,} parameters of {options.path}, {tokenizer}, are in {options.out}")
     return 0
 
 

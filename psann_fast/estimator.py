@@ -9,7 +9,7 @@ import math
 import numbers
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from psann_kernels import OPS, explain
@@ -326,16 +326,31 @@ class psannLM:
         return model
 
     @classmethod
-    def from_psannlm(cls, source: Any, *, backend: str = "auto", device: str = "auto") -> psannLM:
-        """A psannlm 2.0.1 transformer, or fitted psannlm estimator, in memory as a psannLM with the same logits.
+    def from_psannlm(
+        cls,
+        source: Any,
+        *,
+        drop: Collection[str] = (),
+        n_heads: int | None = None,
+        positional_encoding: str | None = None,
+        backend: str = "auto",
+        device: str = "auto",
+    ) -> psannLM:
+        """A psannlm model as a psannLM with the same logits.
 
-        Its tokenizer does not come along (it does not give back what it is given): set `model.tokenizer` before generating.
-        Raises TypeError and ValueError as integrations.upstream.convert.
+        source  path of a .pt file that psannlm 2.0.1 or 0.12 wrote (nothing in it is executed), or its transformer or fitted
+                estimator in memory
+
+        drop, n_heads and positional_encoding are those of integrations.upstream.convert, and so are the errors. What does not carry
+        over is named in a UserWarning: a tokenizer comes along where every text gets the same ids here.
         """
-        config, state = convert(source)
-        model = cls(config=configuration.changed(config, backend=backend, device=device))
+        imported = convert(source, drop=drop, n_heads=n_heads, positional_encoding=positional_encoding)
+        for note in imported.notes:
+            warnings.warn(f"from_psannlm: {note}", stacklevel=2)
+        model = cls(config=configuration.changed(imported.config, backend=backend, device=device))
         with torch.random.fork_rng(devices=[]):  # as in load
-            model.module.load_state_dict(state)
+            model.module.load_state_dict(imported.state)
+        model.tokenizer = imported.tokenizer
         return model
 
 
