@@ -77,7 +77,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     damaged = f"{path} is damaged; load another checkpoint"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number of thousands of digits; brackets without end
         raise CheckpointError(f"{damaged} ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a {FORMAT} manifest; pass the folder that save() wrote")
@@ -93,13 +93,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _is_entry(entry: Any) -> bool:
-    """True for {"file", "size", "xxh3_128"} whose file is a plain name, so that no manifest reaches outside its folder."""
+    """True for {"file", "size", "xxh3_128"} whose file is a plain name, so that no manifest reaches outside its folder or at itself."""
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("size"), int)
         and isinstance(entry.get("xxh3_128"), str)
         and isinstance(entry.get("file"), str)
         and re.fullmatch(r"\w[\w.-]*", entry["file"]) is not None
+        and entry["file"] != MANIFEST
     )
 
 
