@@ -151,10 +151,10 @@ def _trainable(pieces: Sequence[str], most_characters: int) -> list[str]:
     counts: Counter[str] = Counter()
     for piece in pieces:
         counts.update(piece)
-    # Always in the alphabet: a model without a piece for the space falls back to the bytes of U+2581, which are that character's.
-    counts[" "] += 1
     for character in ("\0", SPACE, "\t"):
         counts.pop(character, None)
+    # The space is always in the alphabet: without a piece for it, a model spells it with the bytes of U+2581, which are that
+    # character's own.
     total, covered, alphabet = sum(counts.values()), counts[" "], {" "}
     # Sorted by character within a count, so that the alphabet does not depend on the order of the texts.
     for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):

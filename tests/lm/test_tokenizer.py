@@ -61,7 +61,10 @@ def test_every_character_comes_back(tokenizer):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "corpus",
-    [["hello world", "goodnight moon"], ["a"], ["\n\n"], ["\0"], ["\u2581"], ["  "], ["\t\t \t"], ["\u4e2d\u6587" * 50], list(AWKWARD)],
+    [
+        *(["hello world", "goodnight moon"], ["a"], ["\n\n"], ["\0"], ["\u2581"], ["  "], ["\t\t \t"]),
+        *(["\u4e2d\u6587" * 50], list(AWKWARD)),
+    ],
     ids=["two sentences", "one letter", "line breaks", "nul", "U+2581", "spaces", "tabs", "chinese", "awkward"],
 )
 def test_small_corpora_train_and_lose_nothing(name, corpus):
