@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, NoReturn, Sequence
 
 import torch
 from psann_kernels import BackendError
@@ -43,8 +43,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Flags in full, as YAML and keywords have them; an error is one sentence, and an unknown flag names the nearest right one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        namespace, unknown = super().parse_known_args(args, namespace)
+        for flag in unknown:
+            if flag.startswith("--"):
+                self.error(str(configuration.unknown_option("it", flag.partition("=")[0], self._option_string_actions)))
+        return namespace, unknown
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="psann-fast", description="Sine-activated language models on fused kernels.")
+    parser = _Parser(prog="psann-fast", description="Sine-activated language models on fused kernels.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
 
