@@ -11,7 +11,8 @@ from . import rope_attention as _rope_attention
 from . import wave_conv as _wave_conv
 from .damped_sine import damped_sine
 from .paged_attention import paged_append, paged_attention
-from .modules import DampedSine
+from .modules import DampedSine, DampedSineMLP, RMSNorm, RotaryAttention, WaveConv
+from .paged_cache import PagedKVCache, PagedStep
 from .linear import linear
 from .native import attach as attach_native
 from .registry import BACKENDS, OPS, BackendError, attach, explain
@@ -38,4 +39,4 @@ attach_native(
     }
 )
 
-__all__ = ["BACKENDS", "OPS", "BackendError", "DampedSine", "damped_sine", "explain", "linear", "paged_append", "paged_attention", "rms_norm", "rope_attention", "rotary_tables", "rotate", "wave_conv", "wave_state"]
+__all__ = ["BACKENDS", "OPS", "BackendError", "DampedSine", "DampedSineMLP", "PagedKVCache", "PagedStep", "RMSNorm", "RotaryAttention", "WaveConv", "damped_sine", "explain", "linear", "paged_append", "paged_attention", "rms_norm", "rope_attention", "rotary_tables", "rotate", "wave_conv", "wave_state"]
