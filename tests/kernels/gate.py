@@ -3,7 +3,7 @@
     python tests/kernels/gate.py --targets sm_90,sm_80 --triton-path FOLDER --report table.md
 
 Each *_triton.py lists its configurations; the gate compiles exactly those, in processes of their own, with the Triton that is
-installed or the one under --triton-path (`pip install --no-deps --target FOLDER triton==3.6.0`). Results are kept in a cache by
+installed and the one under --triton-path (`pip install --no-deps --target FOLDER triton==3.6.0`). Results are kept in a cache by
 source, Triton version and target. What is asserted: shared memory within the target's limit; no spilled registers on sm_80 and
 sm_90; tensor-core instructions where the tiles allow them; no TF32; instructions of the sine kernels within budget; no 32-bit
 product in an address.
@@ -162,9 +162,8 @@ def compile_one(configuration: Any, target_name: str) -> Result:
         elif hint == "1":
             signature[name], constexprs[name] = "constexpr", 1
     options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages, "enable_fp_fusion": True}
-    make = getattr(configuration.kernel, "ASTSource", ASTSource)
     compiled = triton.compile(
-        make(fn=configuration.kernel, signature=signature, constexprs=constexprs, attrs=attributes),
+        ASTSource(fn=configuration.kernel, signature=signature, constexprs=constexprs, attrs=attributes),
         target=GPUTarget(target.backend, target.arch, target.warp),
         options=options,
     )
@@ -175,8 +174,7 @@ def compile_one(configuration: Any, target_name: str) -> Result:
     if target.backend == "cuda":
         code = sass.disassemble(compiled.asm["cubin"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
         counted = code.main_loop() or code.instructions
-        rows, columns = (next((v for k, v in constexprs.items() if k == name), 1) for name in ("BLOCK_R", "BLOCK_F"))
-        elements = rows * columns / (configuration.num_warps * target.warp)
+        elements = constexprs.get("BLOCK_R", 1) * constexprs.get("BLOCK_F", 1) / (configuration.num_warps * target.warp)
         result.registers, result.stack, result.instructions = code.registers, code.stack, len(code.instructions)
         result.per_element, result.mufu_per_element = len(counted) / elements, sass.count(counted, "MUFU") / elements
         result.hgmma, result.hmma = code.count("HGMMA"), code.count("HMMA")
@@ -316,11 +314,13 @@ def run(
 
 def table_of(results: list[Result]) -> str:
     """The results as a Markdown table."""
-    lines = ["| kernel | target | Triton | registers | stack | shared | instr / element | MUFU / element | HGMMA | HMMA |", "|---" * 10 + "|"]
+    heads = ("kernel", "target", "Triton", "registers", "stack", "shared", "instr / element", "MUFU / element", "HGMMA", "HMMA", "error")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for r in results:
         per_element = (f"{r.per_element:.1f}", f"{r.mufu_per_element:.2f}") if r.name.startswith(tuple(SINE_BUDGETS)) else ("", "")
-        cells = (r.name, r.target, r.triton, r.registers, r.stack, r.shared, *per_element, r.hgmma, r.hmma)
-        lines.append("| " + " | ".join(map(str, cells)) + (" | " if not r.error else f" | {r.error.splitlines()[0]} ") + "|")
+        error = r.error.splitlines()[0] if r.error else ""
+        cells = (r.name, r.target, r.triton, r.registers, r.stack, r.shared, *per_element, r.hgmma, r.hmma, error)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -331,7 +331,7 @@ def default_cache() -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default="sm_90", help=f"comma-separated, of {', '.join(TARGETS)}")
-    parser.add_argument("--triton-path", type=Path, help="folder of the Triton to compile with, instead of the installed one")
+    parser.add_argument("--triton-path", type=Path, help="folder of another Triton to compile with, besides the installed one")
     parser.add_argument("--kernels", type=Path, help="a Python file with configurations(), instead of psann_kernels")
     parser.add_argument("--report", type=Path, help="where to write the table")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
@@ -340,7 +340,9 @@ def main() -> int:
     if options.worker:
         work(options.kernels and str(options.kernels), options.worker)
         return 0
-    results = run(options.targets.split(","), default_cache() / "gate", options.triton_path, options.kernels, options.workers)
+    results = []
+    for path in dict.fromkeys((None, options.triton_path)):
+        results += run(options.targets.split(","), default_cache() / "gate", path, options.kernels, options.workers)
     table = table_of(results)
     print(table, end="")
     if options.report:

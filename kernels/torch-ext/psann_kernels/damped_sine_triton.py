@@ -21,7 +21,6 @@ from .damped_sine import MODES, OP
 from .library import define
 from .triton_support import (
     LOG2_E,
-    TRITON_NAMES,
     Configuration,
     as_rows,
     cosine_of_turns,
@@ -160,9 +159,9 @@ def _reduce_kernel(
     tl.store(d_damping_ptr + c, -amplitude * tl.sum(sum_damping, 0), mask=inside)
 
 
-def forward_options(dtype: torch.dtype) -> dict[str, int]:
-    """Tile of the forward: 16 bytes of a row to a thread, 64 of memory to each thread of a program or more."""
-    return {"BLOCK_R": 32 if dtype == torch.float32 else 64, "BLOCK_F": BLOCK_F}
+def forward_options(itemsize: int) -> dict[str, int]:
+    """Tile of the forward: 8 KiB of z, 64 bytes to a thread."""
+    return {"BLOCK_R": 128 // itemsize, "BLOCK_F": BLOCK_F}
 
 
 def grid(row_tiles: int, features: int) -> tuple[int, int, int]:
@@ -179,7 +178,7 @@ def _forward(z: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, m
     y = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     if z.numel() == 0:
         return y
-    rows, options = as_rows(z), forward_options(z.dtype)
+    rows, options = as_rows(z), forward_options(z.element_size())
     _forward_kernel[grid(triton.cdiv(rows.shape[0], options["BLOCK_R"]), rows.shape[1])](
         rows, amplitude.contiguous(), frequency.contiguous(), damping.contiguous(), y, *rows.shape, rows.stride(0),
         MODE=mode, **options, enable_fp_fusion=True,
@@ -233,23 +232,25 @@ damped_sine_triton = define(
 
 
 def configurations() -> list[Configuration]:
-    """What the launchers above can choose. Rows that are no multiple of 16 elements long are read an element at a time."""
+    """What the launchers above can choose. float16 and bfloat16 differ in conversions alone, and the modes in the envelope, so each is
+    listed once beside another's choice. Rows that are no multiple of 16 elements long are read an element at a time."""
     found = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for mode in MODES:
-            for aligned in (":16", "") if mode == "abs" else (":16",):
-                kind = TRITON_NAMES[dtype]
-                name = f"{kind} {mode}{'' if aligned else ' unaligned'}"
-                z, sizes = f"*{kind}:16", f"i32{aligned}"
-                parameters = {f"{n}_ptr": "*fp32:16" for n in ("amplitude", "frequency", "damping")}
-                forward = {"z_ptr": z, **parameters, "y_ptr": z, "rows": "i32", "features": sizes, "z_stride": sizes}
-                backward = {"z_ptr": z, "dy_ptr": z, **parameters, "dz_ptr": z, "partial_ptr": "*fp32:16", "rows": "i32"}
-                backward |= {"features": sizes, "z_stride": sizes, "dy_stride": sizes, "row_programs": "i32"}
-                found.append(Configuration(_forward_kernel, forward, {"MODE": mode, **forward_options(dtype)}, name=f"damped_sine forward {name}"))
-                found.append(Configuration(_backward_kernel, backward, {"MODE": mode, **BACKWARD}, name=f"damped_sine backward {name}"))
+    for kind, mode, is_aligned in (
+        ("bf16", "abs", True), ("bf16", "relu", True), ("bf16", "none", True), ("fp16", "abs", True), ("fp32", "abs", True),
+        ("fp32", "relu", True), ("bf16", "abs", False), ("fp32", "abs", False),
+    ):  # fmt: skip
+        name = f"{kind} {mode}{'' if is_aligned else ' unaligned'}"
+        z, size = f"*{kind}:16", "i32:16" if is_aligned else "i32"
+        parameters = {f"{parameter}_ptr": "*fp32:16" for parameter in ("amplitude", "frequency", "damping")}
+        forward = {"z_ptr": z, **parameters, "y_ptr": z, "rows": "i32", "features": size, "z_stride": size}
+        backward = {"z_ptr": z, "dy_ptr": z, **parameters, "dz_ptr": z, "partial_ptr": "*fp32:16", "rows": "i32"}
+        backward |= {"features": size, "z_stride": size, "dy_stride": size, "row_programs": "i32"}
+        options = {"MODE": mode, **forward_options(4 if kind == "fp32" else 2)}
+        found.append(Configuration(_forward_kernel, forward, options, name=f"damped_sine forward {name}"))
+        found.append(Configuration(_backward_kernel, backward, {"MODE": mode, **BACKWARD}, name=f"damped_sine backward {name}"))
     pointers = ("partial", "amplitude", "d_amplitude", "d_frequency", "d_damping")
-    reduce = {f"{n}_ptr": "*fp32:16" for n in pointers} | {"row_programs": "i32", "features": "i32:16"}
-    return [*found, Configuration(_reduce_kernel, reduce, REDUCE, name="damped_sine reduce")]
+    sums = {f"{pointer}_ptr": "*fp32:16" for pointer in pointers} | {"row_programs": "i32", "features": "i32:16"}
+    return [*found, Configuration(_reduce_kernel, sums, REDUCE, name="damped_sine reduce")]
 
 
 def refuses(z: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, *, mode: str = "abs") -> str | None:

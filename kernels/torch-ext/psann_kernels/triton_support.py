@@ -21,8 +21,6 @@ INTERPRET = tl.constexpr(IS_INTERPRETED)
 # NVIDIA's special function unit gives a sine in two instructions; AMD's libdevice has none, the interpreter no libdevice.
 HAS_FAST_SINE = tl.constexpr(not IS_INTERPRETED and torch.version.hip is None)
 
-TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-
 
 @dataclass(frozen=True)
 class Configuration:
