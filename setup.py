@@ -94,7 +94,11 @@ def ninja_file(folder, compiler, target, source_hash):
     flags = [*COMPILE, f"-ffile-prefix-map={ROOT}=.", f"-I{CSRC}"]
     has = [f"-DPSANN_HAS_{isa.upper()}" for isa in isas if isa != "portable"]
     python = [f"-I{find_pybind11()}", f"-I{sysconfig.get_paths()['include']}", f'-DPSANN_SOURCE_HASH="{source_hash}"']
-    link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-Wl,--no-undefined-version", "-pthread", "-ldl"]
+    # What templates of the standard library leave visible stays inside too: nobody else's copy is to be used, nor ours by others.
+    (folder / "exports").write_text("{ global: PyInit_*; local: *; };\n")
+    link = ["-shared", "-Wl,--version-script=exports", "-pthread", "-ldl"]
+    if sys.platform == "darwin":
+        link = ["-bundle", "-undefined", "dynamic_lookup", "-Wl,-exported_symbol,_PyInit__native"]
     edges, objects = [], []
 
     def compile_edge(source, name, extra):

@@ -44,20 +44,24 @@ void rms_norm_backward(uintptr_t h, uintptr_t dy, uintptr_t dh_in, uintptr_t wei
                                  static_cast<Type>(weight_type), threads});
 }
 
-WaveConv wave_conv(uintptr_t x, uintptr_t state, uintptr_t weight, uintptr_t bias, uintptr_t amplitude, uintptr_t frequency,
-                   uintptr_t damping, uintptr_t cu_seqlens, int64_t tokens, int64_t features, int64_t taps, int64_t dilation,
-                   int64_t documents, int64_t row_length, int64_t x_stride, int type, int mode) {
-    return {at<void>(x), at<void>(state), at<float>(weight), at<float>(bias), at<float>(amplitude), at<float>(frequency),
-            at<float>(damping), at<int32_t>(cu_seqlens), tokens, features, taps, dilation, documents, row_length, x_stride,
-            static_cast<Type>(type), mode};
+// WaveConv's members in order. No class is bound: the module may be loaded under two names, and a type is registered once.
+using WaveConvNumbers = std::array<int64_t, 17>;
+
+WaveConv wave_conv(const WaveConvNumbers& n) {
+    auto address = [&](int i) { return static_cast<uintptr_t>(n[i]); };
+    return {at<void>(address(0)), at<void>(address(1)), at<float>(address(2)), at<float>(address(3)), at<float>(address(4)),
+            at<float>(address(5)), at<float>(address(6)), at<int32_t>(address(7)), n[8], n[9], n[10], n[11], n[12], n[13], n[14],
+            static_cast<Type>(n[15]), static_cast<int>(n[16])};
 }
 
-void wave_conv_forward(const WaveConv& conv, uintptr_t y, int threads) { kernels().wave_conv_forward({conv, at<void>(y), threads}); }
+void wave_conv_forward(const WaveConvNumbers& conv, uintptr_t y, int threads) {
+    kernels().wave_conv_forward({wave_conv(conv), at<void>(y), threads});
+}
 
-void wave_conv_backward(const WaveConv& conv, uintptr_t dy, uintptr_t dx, uintptr_t dweight, uintptr_t dbias, uintptr_t damplitude,
-                        uintptr_t dfrequency, uintptr_t ddamping, int64_t dy_stride, int threads) {
-    kernels().wave_conv_backward({conv, at<void>(dy), at<void>(dx), at<float>(dweight), at<float>(dbias), at<float>(damplitude),
-                                  at<float>(dfrequency), at<float>(ddamping), dy_stride, threads});
+void wave_conv_backward(const WaveConvNumbers& conv, uintptr_t dy, uintptr_t dx, uintptr_t dweight, uintptr_t dbias,
+                        uintptr_t damplitude, uintptr_t dfrequency, uintptr_t ddamping, int64_t dy_stride, int threads) {
+    kernels().wave_conv_backward({wave_conv(conv), at<void>(dy), at<void>(dx), at<float>(dweight), at<float>(dbias),
+                                  at<float>(damplitude), at<float>(dfrequency), at<float>(ddamping), dy_stride, threads});
 }
 
 using Strides = std::array<int64_t, 3>;
@@ -111,7 +115,6 @@ PYBIND11_MODULE(_native, m) {
     m.def("rms_norm_forward", &rms_norm_forward, Released());
     m.def("rms_norm_backward", &rms_norm_backward, Released());
     m.attr("wave_conv_max_taps") = WAVE_CONV_MAX_TAPS;
-    py::class_<WaveConv>(m, "WaveConv").def(py::init(&wave_conv));
     m.def("wave_conv_forward", &wave_conv_forward, Released());
     m.def("wave_conv_backward", &wave_conv_backward, Released());
     m.def("paged_append", &paged_append, Released());

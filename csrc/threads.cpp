@@ -82,6 +82,7 @@ Pool& the_pool() {
 }  // namespace
 
 bool share_openmp(const char* library) {
+    gomp_parallel = nullptr;
 #if defined(__unix__) || defined(__APPLE__)
     void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
     if (handle == nullptr) return false;

@@ -83,10 +83,11 @@ template <int R> INLINE void exp2_product(const Float (&g)[R], Float exponent, F
     for (int i = 0; i < R; i++) out[i] = (Float)((Int)out[i] + shift[i]);
 }
 
-// The same for any finite product: underflows through the denormals to 0, overflows to infinity. Two factors, each a normal number.
+// The same, to the bit, and for any other product: underflows through the denormals to 0, overflows to infinity. It is scaled by
+// two factors, each a normal number.
 INLINE Float exp2_product_any(Float g, Float exponent) {
-    Float x = min(max(g * exponent, all(-252.0f)), all(252.0f));
-    Float n = (x + ROUNDER) - ROUNDER;
+    Float n = fma(g, exponent, all(ROUNDER)) - ROUNDER;
+    n = min(max(n, all(-252.0f)), all(252.0f));
     Int whole = __builtin_convertvector(n, Int), half = whole >> 1;
     Float scale = (Float)((half + 127) << 23), rest = (Float)((whole - half + 127) << 23);
     Float f[1] = {min(max(fma(g, exponent, -n), all(-0.5f)), all(0.5f))}, p[1];

@@ -18,18 +18,16 @@ from .native import NATIVE, TYPES, address, as_rows, refuses_device, refuses_dty
 from .wave_conv import OP
 
 
-def _described(x: Tensor, weight: Tensor, *tensors_and_options: Any) -> tuple[Any, list[Tensor | None]]:
-    """What both kernels take, and the tensors that must outlive the call."""
+def _described(x: Tensor, weight: Tensor, *tensors_and_options: Any) -> tuple[tuple[int, ...], list[Tensor | None]]:
+    """What both kernels take, in the order of csrc's WaveConv, and the tensors that must outlive the call."""
     bias, amplitude, frequency, damping, cu_seqlens, state, dilation, mode = tensors_and_options
     rows = as_rows(x)
     keep = [rows, state, weight.float(), None if bias is None else bias.float(), amplitude, frequency, damping, cu_seqlens]
     keep[1:] = [None if t is None else t.contiguous() for t in keep[1:]]
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     row_length = x.shape[1] if x.dim() == 3 else 0
-    return NATIVE.WaveConv(
-        *map(address, keep), *rows.shape, weight.shape[1], dilation, documents, row_length, rows.stride(0), TYPES[x.dtype],
-        MODES.index(mode),
-    ), keep  # fmt: skip
+    numbers = (*rows.shape, weight.shape[1], dilation, documents, row_length, rows.stride(0), TYPES[x.dtype], MODES.index(mode))
+    return (*map(address, keep), *numbers), keep
 
 
 def _forward(x: Tensor, *rest: Any) -> Tensor:

@@ -1,0 +1,84 @@
+"""What paged attention promises on a CPU beyond the reference's tests: bits that do not depend on neighbours, and safety."""
+
+import pytest
+import torch
+from psann_kernels import BackendError, paged_attention
+from test_native import needs_native, paged_arguments
+
+pytestmark = needs_native
+
+
+def attend(arguments, **options):
+    return paged_attention(*arguments, **options, backend="native")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sequence_gets_the_same_bits_alone(dtype):
+    lengths, new = [300, 21, 9, 70], [1, 19, 4, 2]
+    together = attend(paged_arguments(lengths, new, dtype))
+    q, k_cache, v_cache, table, seq_lens, bounds = paged_arguments(lengths, new, dtype)
+    for b, n in enumerate(new):
+        rows = slice(int(bounds[b]), int(bounds[b + 1]))
+        alone = attend((q[rows], k_cache, v_cache, table[b : b + 1], seq_lens[b : b + 1], torch.tensor([0, n], dtype=torch.int32)))
+        assert torch.equal(together[rows], alone)
+
+
+def test_renumbered_blocks_change_no_bit():
+    q, k_cache, v_cache, table, seq_lens, bounds = paged_arguments([40, 17], [3, 1])
+    order = torch.randperm(len(k_cache), generator=torch.Generator().manual_seed(5))
+    moved = torch.where(table < len(order), torch.argsort(order)[table.clamp(max=len(order) - 1)].int(), table)
+    expected = attend((q, k_cache, v_cache, table, seq_lens, bounds))
+    assert torch.equal(attend((q, k_cache[order], v_cache[order], moved, seq_lens, bounds)), expected)
+
+
+@pytest.mark.parametrize("tokens", [3, 18])
+def test_a_later_tokens_nan_reaches_no_earlier_row(tokens):
+    q, k_cache, v_cache, table, seq_lens, bounds = paged_arguments([40], [tokens])
+    expected = attend((q, k_cache, v_cache, table, seq_lens, bounds))
+    last = int(table[0, 39 // 8]), 39 % 8
+    k_cache[last] = v_cache[last] = float("nan")
+    got = attend((q, k_cache, v_cache, table, seq_lens, bounds))
+    assert torch.equal(got[:-1], expected[:-1]) and got[-1].isnan().all()
+
+
+def test_a_cache_that_is_half_of_a_larger_tensor():
+    q, k_cache, v_cache, table, seq_lens, bounds = paged_arguments([40, 17], [3, 1])
+    both = torch.stack((k_cache, v_cache), 1)
+    expected = attend((q, k_cache, v_cache, table, seq_lens, bounds))
+    assert torch.equal(attend((q, both[:, 0], both[:, 1], table, seq_lens, bounds)), expected)
+    with pytest.raises(BackendError, match="stride 2 along head_dim"):
+        wide = torch.stack((k_cache, k_cache), -1)[..., 0]
+        attend((q, wide, v_cache, table, seq_lens, bounds))
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        (3, 10**6, r"block_table\[0, 0\] is 1000000, but the cache has blocks 0 to"),
+        (3, -1, r"block_table\[0, 0\] is -1"),
+        (4, 10**6, r"seq_lens\[0\] is 1000000, but block_table has room"),
+        (4, 2, "has 3 new tokens and seq_lens 2"),
+        (5, 7, "cu_seqlens_q runs from 7"),
+    ],
+)
+def test_the_kernel_checks_what_it_would_follow(place, value, message):
+    """Inside torch.compile nobody else looks at the values."""
+    from psann_kernels.paged_attention_native import paged_attention_native
+
+    arguments = list(paged_arguments([40, 17], [3, 1]))
+    arguments[place] = arguments[place].clone()
+    arguments[place].view(-1)[0] = value
+    with pytest.raises(ValueError, match=f"paged_attention: .*{message}|{message}"):
+        paged_attention_native(*arguments, None, None, True, 0.2, 0, None)
+
+
+def test_append_checks_what_it_would_follow():
+    from psann_kernels.paged_append_native import paged_append_native
+
+    cache = torch.zeros(2, 4, 1, 8)
+    k, tables = torch.ones(2, 1, 8), torch.ones(3, 4)
+    with pytest.raises(ValueError, match=r"slot_mapping\[1\] is 8; a slot is -1 \(skip\) or 0 to 7"):
+        paged_append_native(k, k, cache, cache.clone(), torch.tensor([0, 8]), None, None, None, True)
+    with pytest.raises(ValueError, match=r"positions\[0\] is 3, but cos and sin have rows 0 to 2"):
+        paged_append_native(k, k, cache, cache.clone(), torch.tensor([0, 1]), torch.tensor([3, 0]), tables, tables, True)
+    assert not cache.any(), "a refused call must not write"
