@@ -4,6 +4,7 @@ Every op takes `backend="auto" | "triton" | "native" | "torch"`; `explain("dampe
 """
 
 from . import damped_sine as _damped_sine
+from . import layers
 from . import linear as _linear
 from . import paged_attention as _paged_attention
 from . import rms_norm as _rms_norm
@@ -39,4 +40,4 @@ attach_native(
     }
 )
 
-__all__ = ["BACKENDS", "OPS", "BackendError", "DampedSine", "DampedSineMLP", "PagedKVCache", "PagedStep", "RMSNorm", "RotaryAttention", "WaveConv", "damped_sine", "explain", "linear", "paged_append", "paged_attention", "rms_norm", "rope_attention", "rotary_tables", "rotate", "wave_conv", "wave_state"]
+__all__ = ["BACKENDS", "OPS", "BackendError", "DampedSine", "DampedSineMLP", "PagedKVCache", "PagedStep", "RMSNorm", "RotaryAttention", "WaveConv", "damped_sine", "explain", "layers", "linear", "paged_append", "paged_attention", "rms_norm", "rope_attention", "rotary_tables", "rotate", "wave_conv", "wave_state"]
