@@ -1,8 +1,14 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter. The variable is read when a kernel is decorated, so it is set first."""
+"""Without a GPU the Triton kernels run in Triton's interpreter. The variable is read when a kernel is decorated, so it is set first.
+
+One OpenMP thread unless told otherwise: the tests' tensors are tiny, and on a busy machine two threads wait for each other longer
+than they compute. Tests of threading ask for their own number.
+"""
 
 import os
 
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402 (reads the variable)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
