@@ -249,7 +249,8 @@ def _check_rotary(op: str, like: str, x: Tensor, cos: Tensor | None, sin: Tensor
     if cos is None and sin is None:
         return
     if cos is None or sin is None:
-        raise ValueError(f"{op}: {'cos' if sin is None else 'sin'} is given without its partner; pass both cos and sin, or neither")
+        missing, given = ("cos", "sin") if cos is None else ("sin", "cos")
+        raise ValueError(f"{op}: {missing} is None but {given} is given; pass both or neither")
     head_dim = x.shape[-1]
     if head_dim % 2:
         raise ValueError(f"{op}: {like} has head_dim {head_dim}; rotary positions turn pairs, so head_dim must be even")

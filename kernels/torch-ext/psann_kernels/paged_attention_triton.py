@@ -44,9 +44,11 @@ def _append_kernel(
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_ptr + t)
+    if slot < 0:
+        return
     h = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     c, inside = features(D, BLOCK_D, ROTARY)
-    here = (h < heads)[:, None] & inside[None, :] & (slot >= 0)
+    here = (h < heads)[:, None] & inside[None, :]
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
 
     k = widen(tl.load(k_ptr + t * k_t + h[:, None] * k_h + c[None, :], mask=here, other=0.0))
@@ -64,12 +66,15 @@ def _append_kernel(
 
 @triton.jit
 def _rows_of_tile(tile, new, length, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Of a tile of one sequence's rows: each row's new token and head in the group, and whether it exists; the positions
-    of its first and last row."""
-    r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = length - new + tile * BLOCK_M // GROUP
-    last = length - new + (tl.minimum(tile * BLOCK_M + BLOCK_M, new * GROUP) - 1) // GROUP
-    return r // GROUP, r % GROUP, r < new * GROUP, first, last
+    """Of a tile of one sequence's rows: each row's new token, head in the group and position, and whether it exists; then
+    the positions of the first and of the last row that exists."""
+    start = tile * tl.full((), BLOCK_M, tl.int64)
+    rows = new.to(tl.int64) * GROUP
+    r = start + tl.arange(0, BLOCK_M)
+    oldest = length - new
+    first = oldest + (start // GROUP).to(tl.int32)
+    last = oldest + ((tl.minimum(start + BLOCK_M, rows) - 1) // GROUP).to(tl.int32)
+    return r // GROUP, r % GROUP, oldest + (r // GROUP).to(tl.int32), r < rows, first, last
 
 
 @triton.jit
@@ -83,7 +88,7 @@ def _attend(
     exponentials of the scores. k_ptr and v_ptr are at the head that the rows share, table_ptr at the sequence's row."""
     c_k, inside_k = features(D, BLOCK_D, ROTARY)
     c_v, inside_v = features(D, BLOCK_D, "none")
-    q_row = (start + token.to(tl.int64)) * q_t + head * q_h
+    q_row = (start + token) * q_t + head * q_h
     q = load_operand(q_ptr + q_row[:, None] + c_k[None, :], exists[:, None] & inside_k[None, :])
     if ROTARY != "none":
         cos, sin = angles(cos_ptr, sin_ptr, position, exists, max_position, D, BLOCK_D)
@@ -130,7 +135,7 @@ def _attend(
 @triton.jit
 def _split_size(span, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Keys in each split of a sequence that sees `span` keys: whole tiles, at most MAX_SPLITS of them."""
-    return tl.maximum(tl.cdiv(tl.cdiv(span, MAX_SPLITS), BLOCK_N) * BLOCK_N, MIN_SPLIT)
+    return tl.maximum(tl.cdiv(tl.cdiv(span.to(tl.int64), MAX_SPLITS), BLOCK_N) * BLOCK_N, MIN_SPLIT)
 
 
 @triton.jit
@@ -148,7 +153,7 @@ def _split_kernel(
     length = tl.load(length_ptr + b)
     oldest = tl.maximum(length - new - window + 1, 0)
     size = _split_size(length - oldest, MIN_SPLIT, MAX_SPLITS, BLOCK_N)
-    low = (oldest + split * size).to(tl.int32)
+    low, high = (oldest + split * size).to(tl.int32), (oldest + split * size + size).to(tl.int32)
     # Padding, of length 0, gets its zeros from split 0.
     if (new > FEW) | ((split > 0) & (low >= length)):
         return
@@ -159,17 +164,17 @@ def _split_kernel(
 
     # Without disable_licm the compiler keeps the addresses of the first keys in registers across tiles: 255 instead of 154.
     for tile in tl.range(0, tl.cdiv(new * GROUP, BLOCK_M), disable_licm=True):
-        token, head, exists, _, last = _rows_of_tile(tile, new, length, GROUP, BLOCK_M)
+        token, head, position, exists, _, last = _rows_of_tile(tile, new, length, GROUP, BLOCK_M)
         head += kv * GROUP
         o, lse = _attend(
             q_ptr, k_ptr + kv * k_h, v_ptr + kv * v_h, table_ptr + b * table_b, cos_ptr, sin_ptr, slope_ptr,
-            start, length - new + token, token, head, exists, low, tl.minimum(low + size, last + 1),
+            start, position, token, head, exists, low, tl.minimum(high, last + 1),
             softmax_scale, window, max_position, q_t, q_h, k_b, k_s, v_b, v_s,
             BLOCK_SIZE, D, BLOCK_D, ROTARY, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         here = exists[:, None] & inside[None, :]
         if is_whole:
-            row = (start + token.to(tl.int64)) * heads + head
+            row = (start + token) * heads + head
             tl.store(o_ptr + row[:, None] * D + c[None, :], narrow(o, o_ptr.dtype.element_ty), mask=here)
         else:
             row = ((partial + token) * heads + head) * splits + split
@@ -232,21 +237,21 @@ def _tile_kernel(
     start = tl.load(bound_ptr + b)
     new = tl.load(bound_ptr + b + 1) - start
     length = tl.load(length_ptr + b)
-    tile = (program - start.to(tl.int64) * GROUP // BLOCK_M - b).to(tl.int32)
+    tile = program - start.to(tl.int64) * GROUP // BLOCK_M - b
     if (new <= FEW) | (tile * BLOCK_M >= new * GROUP):
         return
-    token, head, exists, first, last = _rows_of_tile(tile, new, length, GROUP, BLOCK_M)
+    token, head, position, exists, first, last = _rows_of_tile(tile, new, length, GROUP, BLOCK_M)
     head += kv * GROUP
 
     o, _ = _attend(
         q_ptr, k_ptr + kv * k_h, v_ptr + kv * v_h, table_ptr + b * table_b, cos_ptr, sin_ptr, slope_ptr,
-        start, length - new + token, token, head, exists, tl.maximum(first - window + 1, 0), last + 1,
+        start, position, token, head, exists, tl.maximum(first - window + 1, 0), last + 1,
         softmax_scale, window, max_position, q_t, q_h, k_b, k_s, v_b, v_s,
         BLOCK_SIZE, D, BLOCK_D, ROTARY, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
     c, inside = features(D, BLOCK_D, "none")
-    row = (start + token.to(tl.int64)) * heads + head
+    row = (start + token) * heads + head
     tl.store(o_ptr + row[:, None] * D + c[None, :], narrow(o, o_ptr.dtype.element_ty), mask=exists[:, None] & inside[None, :])
 
 
@@ -368,9 +373,9 @@ def configurations() -> list[Configuration]:
             _configuration(_split_kernel, dtype, attention | limits | split),
             _configuration(_tile_kernel, dtype, attention | _tile_options(head_dim, itemsize)),
         ]
-        if dtype == "bf16":
+        if dtype == "bf16" and rotary != "none":
             merge = dict(FEW=_few(group), D=head_dim, BLOCK_D=block_d(head_dim), BLOCK_N=split["BLOCK_N"])
-            append = dict(BLOCK_H=_heads_per_program(8, head_dim)) | (dict(position_ptr=None) if rotary == "none" else {})
+            append = dict(BLOCK_H=_heads_per_program(8, head_dim))
             found += [_configuration(_merge_kernel, dtype, limits | merge), _configuration(_append_kernel, dtype, model | append)]
     return found
 
