@@ -1,0 +1,255 @@
+"""Runs kernels on tensors that end where readable memory ends: an access past them is a SIGSEGV instead of a number.
+
+    python tests/kernels/guard_pages.py triton     reads lines "OP SEED", answers "done OP SEED" after each
+
+Meant to run as a process of its own (test_guard_pages.py does), because a fault ends it. Inputs, outputs and scratch memory are
+guarded alike; each tensor lies against the page after it or the page before it, and has no element to spare between its strides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import mmap
+import os
+import sys
+from random import Random
+from typing import Callable, Iterator
+from unittest import mock
+
+if __name__ == "__main__" and sys.argv[1] == "triton":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import psann_kernels
+import torch
+from torch import Tensor
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class Guard:
+    """Hands out tensors between unreadable pages. Used as a context: they must not be touched after it."""
+
+    def __init__(self, random: Random) -> None:
+        self.random = random
+        self.regions: list[tuple[int, int]] = []
+
+    def __enter__(self) -> "Guard":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for address, size in self.regions:
+            _LIBC.munmap(address, size)
+
+    def place(self, t: Tensor) -> Tensor:
+        """A copy of t, in the same strides, whose last element is the last of its page, or the first the first, by chance."""
+        if t.numel() == 0:
+            return t
+        span = (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))) * t.element_size()
+        inner = math.ceil(span / mmap.PAGESIZE) * mmap.PAGESIZE
+        whole = inner + 2 * mmap.PAGESIZE
+        address = _LIBC.mmap(None, whole, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        if address in (None, ctypes.c_void_p(-1).value):
+            raise OSError(ctypes.get_errno(), f"mmap of {whole} bytes failed")
+        self.regions.append((address, whole))
+        for guard in (address, address + mmap.PAGESIZE + inner):
+            if _LIBC.mprotect(guard, mmap.PAGESIZE, 0):
+                raise OSError(ctypes.get_errno(), "mprotect failed")
+        start = address + mmap.PAGESIZE + (inner - span if self.random.random() < 0.7 else 0)
+        flat = torch.frombuffer((ctypes.c_char * span).from_address(start), dtype=t.dtype)
+        placed = flat.as_strided(t.shape, t.stride())
+        placed.copy_(t)
+        return placed
+
+    @contextlib.contextmanager
+    def allocations(self) -> Iterator[None]:
+        """torch.empty and its kin give guarded memory meanwhile."""
+        empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
+        with (
+            mock.patch.object(torch, "empty", lambda *a, **k: self.place(empty(*a, **k))),
+            mock.patch.object(torch, "empty_like", lambda *a, **k: self.place(empty_like(*a, **k))),
+            mock.patch.object(Tensor, "new_empty", lambda *a, **k: self.place(new_empty(*a, **k))),
+        ):
+            yield
+
+
+Case = Callable[[Random, Guard, str], None]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SIZES = (1, 2, 3, 15, 16, 17, 31, 33, 63, 65, 127, 130)
+
+
+def tensor(random: Random, guard: Guard, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random values; the last axis without gaps, rows sometimes further apart than they are long."""
+    generator = torch.Generator().manual_seed(random.randrange(2**31))
+    t = torch.randn(*shape, generator=generator)
+    if random.random() < 0.3 and len(shape) > 1:
+        t = torch.cat((t, t[..., : random.choice((1, 3))]), -1)[..., : shape[-1]]
+    return guard.place(t.to(dtype))
+
+
+def differentiate(random: Random, guard: Guard, function: Callable[..., Tensor | tuple[Tensor, ...]], *leaves: Tensor) -> None:
+    """Forward and backward of function(*leaves)."""
+    leaves = tuple(leaf.requires_grad_() for leaf in leaves)
+    with guard.allocations():
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.grad(outputs, leaves, [tensor(random, guard, *y.shape, dtype=y.dtype) for y in outputs])
+
+
+def damped_sine(random: Random, guard: Guard, backend: str) -> None:
+    features = random.choice(SIZES)
+    z = tensor(random, guard, *random.choices(SIZES, k=random.randint(0, 1)), features, dtype=random.choice(DTYPES))
+    mode = random.choice(("abs", "relu", "none"))
+    parameters = [tensor(random, guard, features) for _ in range(3)]
+    if mode == "none":  # damping takes no part
+        damping = parameters.pop()
+        differentiate(random, guard, lambda z, a, f: psann_kernels.damped_sine(z, a, f, damping, mode=mode, backend=backend), z, *parameters)
+    else:
+        differentiate(random, guard, lambda *t: psann_kernels.damped_sine(*t, mode=mode, backend=backend), z, *parameters)
+
+
+def rms_norm(random: Random, guard: Guard, backend: str) -> None:
+    features, rows = random.choice((*SIZES, 1025)), random.choice(SIZES)
+    dtype = random.choice(DTYPES)
+    x, weight = tensor(random, guard, rows, features, dtype=dtype), tensor(random, guard, features)
+    if random.random() < 0.5:
+        residual = tensor(random, guard, rows, features, dtype=dtype)
+        differentiate(
+            random, guard, lambda x, weight, residual: psann_kernels.rms_norm(x, weight, residual=residual, backend=backend), x, weight, residual
+        )
+    else:
+        differentiate(random, guard, lambda x, weight: psann_kernels.rms_norm(x, weight, backend=backend), x, weight)
+
+
+def documents(random: Random, guard: Guard, total: int) -> Tensor:
+    """cu_seqlens of up to four documents, some of them empty, in `total` tokens."""
+    cuts = sorted(random.randint(0, total) for _ in range(random.randint(0, 3)))
+    return guard.place(torch.tensor([0, *cuts, total], dtype=torch.int32))
+
+
+def wave_conv(random: Random, guard: Guard, backend: str) -> None:
+    dtype, features, taps = random.choice(DTYPES), random.choice(SIZES), random.choice((1, 2, 3, 4))
+    dilation = random.choice((1, 2, 5))
+    options = {"dilation": dilation, "mode": random.choice(("abs", "relu")), "backend": backend}
+    tokens = random.choice(SIZES)
+    if random.random() < 0.5:
+        x = tensor(random, guard, tokens, features, dtype=dtype)
+        options["cu_seqlens"] = documents(random, guard, tokens)
+        rows = len(options["cu_seqlens"]) - 1
+    else:
+        rows = random.choice((1, 2))
+        x = tensor(random, guard, rows, tokens, features, dtype=dtype)
+    if random.random() < 0.4:
+        options["state"] = tensor(random, guard, rows, (taps - 1) * dilation, features, dtype=dtype)
+    weight, bias, *parameters = tensor(random, guard, features, taps), *(tensor(random, guard, features) for _ in range(4))
+    differentiate(
+        random, guard, lambda x, weight, bias, *parameters: psann_kernels.wave_conv(x, weight, *parameters, bias=bias, **options),
+        x, weight, bias, *parameters,
+    )  # fmt: skip
+
+
+def heads(random: Random) -> tuple[int, int, int]:
+    """(query heads, key heads, head_dim)"""
+    kv = random.choice((1, 2))
+    return kv * random.choice((1, 2, 3)), kv, random.choice((2, 16, 24, 40, 64))
+
+
+def tables(guard: Guard, positions: int, head_dim: int) -> dict[str, Tensor]:
+    cos, sin = psann_kernels.rotary_tables(positions, head_dim)
+    return {"cos": guard.place(cos), "sin": guard.place(sin)}
+
+
+def attention_options(random: Random, guard: Guard, num_heads: int) -> dict[str, object]:
+    options: dict[str, object] = {"interleaved": random.random() < 0.5}
+    if random.random() < 0.4:
+        options["window"] = random.choice((1, 7, 40))
+    if random.random() < 0.3:
+        options["alibi_slopes"] = guard.place(torch.rand(num_heads))
+    return options
+
+
+def rope_attention(random: Random, guard: Guard, backend: str) -> None:
+    dtype, (num_heads, kv, head_dim) = random.choice(DTYPES), heads(random)
+    options = attention_options(random, guard, num_heads)
+    queries = keys = random.choice(SIZES)
+    lead: tuple[int, ...] = ()
+    if random.random() < 0.5:
+        options["cu_seqlens"] = documents(random, guard, keys)
+    else:
+        lead, queries = (random.choice((1, 2)),), random.choice((keys, random.randint(1, keys)))
+    if random.random() < 0.6:
+        options |= tables(guard, keys, head_dim)
+    q = tensor(random, guard, *lead, queries, num_heads, head_dim, dtype=dtype)
+    k, v = (tensor(random, guard, *lead, keys, kv, head_dim, dtype=dtype) for _ in range(2))
+    differentiate(random, guard, lambda q, k, v: psann_kernels.rope_attention(q, k, v, **options, backend=backend), q, k, v)
+
+
+def paged_attention(random: Random, guard: Guard, backend: str) -> None:
+    """paged_append of the new tokens, then paged_attention over them; the table has no entry and the pool no block to spare."""
+    dtype, (num_heads, kv, head_dim) = random.choice(DTYPES), heads(random)
+    block_size = random.choice((1, 8, 16, 64))
+    lengths = [random.choice((0, 1, block_size, block_size + 1, 70)) for _ in range(random.randint(1, 3))]
+    new = [random.randint(0, min(length, 20)) for length in lengths]
+    blocks = [math.ceil(length / block_size) for length in lengths]
+    owned = random.sample(range(sum(blocks)), sum(blocks))
+    table = torch.full((len(lengths), max(1, *blocks, 1)), 2**30, dtype=torch.int32)
+    slots, positions = [], []
+    for b, count in enumerate(blocks):
+        table[b, :count] = torch.tensor([owned.pop() for _ in range(count)], dtype=torch.int32)
+        for t in range(lengths[b] - new[b], lengths[b]):
+            slots.append(int(table[b, t // block_size]) * block_size + t % block_size)
+            positions.append(t)
+    k_cache, v_cache = (tensor(random, guard, max(1, sum(blocks)), block_size, kv, head_dim, dtype=dtype) for _ in range(2))
+    rotary = tables(guard, max(1, *lengths, 1), head_dim) if random.random() < 0.6 else {}
+    options = attention_options(random, guard, num_heads) | {"backend": backend}
+    k, v = (tensor(random, guard, sum(new), kv, head_dim, dtype=dtype) for _ in range(2))
+    ends = torch.tensor([0, *new]).cumsum(0).int()
+    with guard.allocations():
+        psann_kernels.paged_append(
+            k, v, k_cache, v_cache, guard.place(torch.tensor(slots, dtype=torch.int64)), interleaved=options["interleaved"],
+            positions=guard.place(torch.tensor(positions, dtype=torch.int64)) if rotary else None, **rotary, backend=backend,
+        )  # fmt: skip
+        psann_kernels.paged_attention(
+            tensor(random, guard, sum(new), num_heads, head_dim, dtype=dtype), k_cache, v_cache, guard.place(table),
+            guard.place(torch.tensor(lengths, dtype=torch.int32)), guard.place(ends), **rotary, **options,
+        )  # fmt: skip
+
+
+def reads_too_far(random: Random, guard: Guard, backend: str) -> None:
+    """A kernel whose mask lets one element too many through: what the guard is for."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def copy(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+        c = tl.arange(0, BLOCK)
+        tl.store(y_ptr + c, tl.load(x_ptr + c, mask=c <= n, other=0.0), mask=c < n)
+
+    for _ in range(20):
+        x = tensor(random, guard, 100)
+        copy[(1,)](x, torch.empty_like(x), 100, BLOCK=128)
+
+
+CASES: dict[str, Case] = {
+    case.__name__: case for case in (damped_sine, rms_norm, wave_conv, rope_attention, paged_attention, reads_too_far)
+}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    backend = sys.argv[1]
+    for line in sys.stdin:
+        name, seed = line.split()
+        random = Random(int(seed))
+        with Guard(random) as guard:
+            CASES[name](random, guard, backend)
+        print(f"done {name} {seed}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
