@@ -91,7 +91,7 @@ class Tokenizer(abc.ABC):
             check_unicode(chunk, "encode_stream: the text", position)
             position += len(chunk)
             rest += chunk
-            # A cut looks one piece ahead, so it is decided only when that much text is there, as it is in `encode`.
+            # `cut` keeps what it cannot decide yet, so any threshold gives the same ids; a high one gives the library more at once.
             if self.can_cut and len(rest) > GROUP_CHARACTERS + self.piece_characters:
                 pieces, rest = cut(rest, self.piece_characters)
                 yield from self._encode_groups(pieces)
