@@ -183,14 +183,14 @@ def _add_keys(
         if HAS_ALIBI:
             s += slope * distance(n[None, :], position[:, None], origin)
         p = tl.exp2(s - lse[:, None])
+
+        v = load_operand(v_ptr + row * v_t + c_v[None, :], (n < keys)[:, None] & inside_v[None, :])
+        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
         if MASKED:
             seen = n[None, :] <= position[:, None]
             if IS_BOUNDED:
                 seen &= n[None, :] >= first[:, None]
-            p = tl.where(seen, p, 0.0)
-
-        v = load_operand(v_ptr + row * v_t + c_v[None, :], (n < keys)[:, None] & inside_v[None, :])
-        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+            ds = tl.where(seen, ds, 0.0)
         dq = tl.dot(operand(ds, k_ptr.dtype.element_ty), k, dq, input_precision="ieee")
     return dq
 

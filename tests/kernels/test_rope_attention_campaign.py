@@ -1,0 +1,53 @@
+"""rope_attention on random calls: `pytest -m campaign tests/kernels/test_rope_attention_campaign.py`."""
+
+import math
+import random
+
+import pytest
+import torch
+from psann_kernels.rope_attention import OP
+from test_rope_attention import NAMES, Case, witnesses
+from witness import BACKENDS, FORWARD, GRADIENT, assert_within_budget
+
+TOKENS = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 130]
+HEAD_DIMS = [16, 24, 40, 64, 96, 128]
+LEAST = 128  # elements, so that their maxima mean something
+
+
+def draw(seed: int) -> Case:
+    """A call of RELIABILITY's attention row: lengths around every tile's edge, empty documents anywhere, groups of 1 to 8."""
+    r = random.Random(seed)
+    tokens = r.choice(TOKENS)
+    keys = tokens if r.random() < 0.6 else r.choice(TOKENS)
+    head_dim = r.choice(HEAD_DIMS)
+    # The interpreter takes seconds for many heads of long rows, so those are drawn less often.
+    group = r.randint(1, 8 if max(tokens, keys) <= 33 or r.random() < 0.1 else 2)
+    kv_heads = r.randint(1, 2) if group <= 2 else 1
+    shortest = min(tokens, keys) * kv_heads * head_dim
+    batch = max(r.choice([1, 1, 2]), math.ceil(LEAST / shortest) if shortest else 1)
+    documents = None
+    if tokens == keys and r.random() < 0.6:
+        ends = sorted(r.randint(0, batch * tokens) for _ in range(r.randint(0, 5)))
+        ends = sorted([*ends, *r.choices([0, *ends, batch * tokens], k=r.randint(0, 3)), batch * tokens])
+        documents = [end - start for start, end in zip([0, *ends], ends)]
+    return Case(
+        tokens, head_dim, batch=batch, keys=keys, heads=(group * kv_heads, kv_heads), documents=documents, seed=seed,
+        rotary=r.choice(["pairs", "halves", None]), window=r.choice([None, None, r.randint(1, 140)]), alibi=r.random() < 0.3,
+        dtype=r.choice([torch.float32] * 6 + [torch.float16, torch.bfloat16]),
+    )  # fmt: skip
+
+
+def check(case: Case) -> None:
+    for backend in BACKENDS:
+        if OP.refusal(backend, case.q, case.k, case.v, softmax_scale=case.scale) is not None:
+            continue
+        floors = (0.0, case.floor(case.k), case.floor(case.q), 0.0)
+        for name, floor, fast, working, truth in zip(NAMES, floors, *witnesses(case, backend)):
+            factor = FORWARD if name == "o" else GRADIENT
+            assert_within_budget(f"{backend} {name} of {case.label}, {case.q.dtype}", fast, working, truth, factor, floor)
+
+
+@pytest.mark.campaign(weight=3)
+def test_random_calls(campaign):
+    for seed in campaign:
+        check(draw(seed))
