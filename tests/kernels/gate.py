@@ -21,6 +21,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -127,8 +128,24 @@ def configurations(file: str | None) -> list[Any]:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module.configurations()
-    modules = [importlib.import_module(f"psann_kernels.{path.stem}") for path in sorted(PACKAGE.glob("*_triton.py"))]
-    return [configuration for module in modules if hasattr(module, "configurations") for configuration in module.configurations()]
+    listing = [module for module in triton_modules() if hasattr(module, "configurations")]
+    return [configuration for module in listing for configuration in module.configurations()]
+
+
+def triton_modules() -> list[Any]:
+    return [importlib.import_module(f"psann_kernels.{path.stem}") for path in sorted(PACKAGE.glob("*_triton.py"))]
+
+
+def unlisted(table: list[Any]) -> list[str]:
+    """Kernels of psann_kernels (what launchers start is called ..._kernel) of which the table has no configuration."""
+    listed = {(c.kernel.fn.__module__, c.kernel.__name__) for c in table}
+    kernels = {
+        (value.fn.__module__, name)
+        for module in triton_modules()
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and hasattr(value, "cache_key")
+    }
+    return sorted(f"{module}.{name}" for module, name in kernels - listed)
 
 
 def key_of(configuration: Any, target: str) -> str:
@@ -179,6 +196,9 @@ def compile_one(configuration: Any, target_name: str) -> Result:
         result.per_element, result.mufu_per_element = len(counted) / elements, sass.count(counted, "MUFU") / elements
         result.hgmma, result.hmma = code.count("HGMMA"), code.count("HMMA")
         result.tf32 = sum("TF32" in instruction.name for instruction in code.instructions)
+    else:
+        notes = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", compiled.asm["amdgcn"]))
+        result.registers, result.stack = int(notes["vgpr_count"]), int(notes["private_segment_fixed_size"])
     return result
 
 
@@ -199,6 +219,7 @@ def work(file: str | None, backend: str) -> None:
             (target,) = words
             chosen = [c for c in configurations(file) if c.targets is None or target in c.targets]
             answer = {"triton": triton.__version__, "keys": [(c.name, key_of(c, target)) for c in chosen]}
+            answer["unlisted"] = [] if file else unlisted(list(table.values()))
         else:
             name, target = words
             try:
@@ -258,7 +279,7 @@ class Worker:
 
 
 def run(
-    targets: list[str], cache: Path, triton_path: Path | None = None, kernels: Path | None = None, workers: int = 2
+    targets: list[str], cache: Path, triton_path: Path | None = None, kernels: Path | None = None, workers: int = 2, only: str = ""
 ) -> list[Result]:
     """Compile the table for each target, or take it from the cache.
 
@@ -267,8 +288,9 @@ def run(
     triton_path  folder of another Triton, None for the installed one
     kernels      a Python file with configurations() to compile instead of psann_kernels' table
     workers      processes that compile side by side
+    only         leave out configurations whose names begin otherwise
 
-    Raises RuntimeError if the table cannot be read, ValueError if it is too long or a name comes twice.
+    Raises RuntimeError if the table cannot be read, ValueError if it is too long, a name comes twice or a kernel is missing.
     """
     cache.mkdir(parents=True, exist_ok=True)
     local = threading.local()
@@ -304,7 +326,9 @@ def run(
             if len(names) > MOST_CONFIGURATIONS or len(set(names)) < len(names):
                 twice = sorted({name for name in names if names.count(name) > 1})
                 raise ValueError(f"{len(names)} configurations, at most {MOST_CONFIGURATIONS} allowed; named twice: {twice}")
-            jobs += [(name, key, target, table["triton"]) for name, key in table["keys"]]
+            if table["unlisted"] and not only:
+                raise ValueError(f"no configuration of {', '.join(table['unlisted'])}; list them in configurations()")
+            jobs += [(name, key, target, table["triton"]) for name, key in table["keys"] if name.startswith(only)]
         with ThreadPoolExecutor(workers) as pool:
             return list(pool.map(compile_or_recall, jobs))
     finally:
@@ -317,7 +341,7 @@ def table_of(results: list[Result]) -> str:
     heads = ("kernel", "target", "Triton", "registers", "stack", "shared", "instr / element", "MUFU / element", "HGMMA", "HMMA", "error")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for r in results:
-        per_element = (f"{r.per_element:.1f}", f"{r.mufu_per_element:.2f}") if r.name.startswith(tuple(SINE_BUDGETS)) else ("", "")
+        per_element = (f"{r.per_element:.1f}", f"{r.mufu_per_element:.2f}") if r.per_element and r.name.startswith(tuple(SINE_BUDGETS)) else ("", "")
         error = r.error.splitlines()[0] if r.error else ""
         cells = (r.name, r.target, r.triton, r.registers, r.stack, r.shared, *per_element, r.hgmma, r.hmma, error)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -333,6 +357,7 @@ def main() -> int:
     parser.add_argument("--targets", default="sm_90", help=f"comma-separated, of {', '.join(TARGETS)}")
     parser.add_argument("--triton-path", type=Path, help="folder of another Triton to compile with, besides the installed one")
     parser.add_argument("--kernels", type=Path, help="a Python file with configurations(), instead of psann_kernels")
+    parser.add_argument("--only", default="", help="how the names of the configurations to compile begin")
     parser.add_argument("--report", type=Path, help="where to write the table")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--worker", metavar="BACKEND", help=argparse.SUPPRESS)
@@ -342,7 +367,7 @@ def main() -> int:
         return 0
     results = []
     for path in dict.fromkeys((None, options.triton_path)):
-        results += run(options.targets.split(","), default_cache() / "gate", path, options.kernels, options.workers)
+        results += run(options.targets.split(","), default_cache() / "gate", path, options.kernels, options.workers, options.only)
     table = table_of(results)
     print(table, end="")
     if options.report:
