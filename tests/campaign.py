@@ -6,8 +6,9 @@
             check_one_case(random.Random(seed))
 
 M minutes (30 unless told) are divided among the collected rows by their weights; a test's parametrisations share its weight.
-A row's clock starts before its fixtures, and a row stops at the first case that ends after its share, so it overruns by one
-case at most. `--cases=N` runs exactly N cases a row instead (a test's parametrisations share them too).
+A row's share is dealt when it starts, out of what is left for it and the rows after it, so that a skipped row's time is not
+lost. Its clock starts before its fixtures, and it stops at the first case that ends after its share, so it overruns by one case
+at most. A campaign test without the fixture takes the time that it needs. `--cases=N` runs exactly N cases a row instead (a test's parametrisations share them too).
 
 Seeds are fresh in every run; they derive from a base seed that is printed, the test's id and the number of the case. A
 failure prints the line that runs that case alone. Without -m campaign these tests are not run.
@@ -33,14 +34,15 @@ class Row:
 
     def __init__(self, nodeid: str, weight: float, seed: int, case: int | None) -> None:
         self.nodeid, self.weight, self.base_seed, self.only_case = nodeid, weight, seed, case
-        self.share = math.inf  # seconds
+        self.share = 0.0  # seconds
+        self.part = 1.0  # of the weight, where a test has parametrisations
         self.limit: int | None = None  # cases
         self.started = self.seconds = 0.0
         self.cases = 0
         self.outcome = "not run"
 
     def __call__(self, weight: float) -> "Row":
-        """`campaign(weight=2)` beside the marker: allowed where it says the same, because shares are dealt before any row runs."""
+        """`campaign(weight=2)` beside the marker: allowed where it says the same, because the rows before this one were dealt by it."""
         if weight != self.weight:
             raise ValueError(f"campaign(weight={weight}): the marker says {self.weight}; write @pytest.mark.campaign(weight={weight})")
         return self
@@ -78,19 +80,23 @@ class Campaign:
         self.started = time.perf_counter()
         self.rows: list[Row] = []
 
-    def deal(self, items: list[pytest.Item]) -> None:
-        """Make the rows and give each its share of what is left of the M minutes after collection."""
+    def collect(self, items: list[pytest.Item]) -> None:
+        """Make the rows."""
         siblings = Counter(_function_of(item) for item in items)
         for item in items:
             weight = item.get_closest_marker("campaign").kwargs.get("weight", 1)
             row = item.stash[MINE] = Row(item.nodeid, weight, self.seed, self.only_case)
+            row.part = 1 / siblings[_function_of(item)]
+            row.limit = None if self.cases is None else math.ceil(self.cases * row.part)
             self.rows.append(row)
-        total = sum(row.weight / siblings[_function_of(item)] for row, item in zip(self.rows, items))
-        left = self.minutes * 60 - (time.perf_counter() - self.started)
-        for row, item in zip(self.rows, items):
-            parts = siblings[_function_of(item)]
-            row.share = left * row.weight / parts / total
-            row.limit = None if self.cases is None else math.ceil(self.cases / parts)
+
+    def start(self, row: Row) -> None:
+        """Deal the row its share of the time that is left."""
+        row.started = time.perf_counter()
+        row.outcome = "running"
+        waiting = sum(other.weight * other.part for other in self.rows if other.outcome == "not run")
+        left = self.minutes * 60 - (row.started - self.started)
+        row.share = max(left, 0.0) * row.weight * row.part / (row.weight * row.part + waiting)
 
 
 def _function_of(item: pytest.Item) -> str:
@@ -126,13 +132,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish(session: pytest.Session) -> None:
     rows = [item for item in session.items if item.get_closest_marker("campaign") is not None]
     if rows:
-        session.config.stash[WHOLE].deal(rows)
+        session.config.stash[WHOLE].collect(rows)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if MINE in item.stash:
-        item.stash[MINE].started = time.perf_counter()
+        item.config.stash[WHOLE].start(item.stash[MINE])
 
 
 @pytest.fixture

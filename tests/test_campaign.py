@@ -72,8 +72,14 @@ def test_a_forgotten_marker_still_keeps_a_campaign_out_of_the_everyday_run(suite
 def test_minutes_are_divided_by_weight_and_parametrisations_share(suite):
     result = suite(TWO_ROWS, "-m", "campaign", "--minutes=2")
     result.assert_outcomes(passed=3, deselected=1)
-    # 90 seconds for the row of weight 3, 15 for each half of the other; 15 seconds are 7.5 cases, so an eighth is finished.
-    assert rows_of(result) == {"test_heavy": (90, "passed"), "test_light[0]": (8, "passed"), "test_light[1]": (8, "passed")}
+    # 90 of 120 seconds for the row of weight 3; a half of the other takes 15 and overruns by 1, which leaves 14 to its sibling.
+    assert rows_of(result) == {"test_heavy": (90, "passed"), "test_light[0]": (8, "passed"), "test_light[1]": (7, "passed")}
+
+
+def test_the_time_of_a_skipped_row_goes_to_those_after_it(suite):
+    source = TWO_ROWS.replace("def test_heavy(campaign):", "def test_heavy(campaign):\n        pytest.skip('nothing to run it on')")
+    rows = rows_of(suite(source, "-m", "campaign", "--minutes=2"))
+    assert rows == {"test_heavy": (0, "skipped"), "test_light[0]": (30, "passed"), "test_light[1]": (30, "passed")}
 
 
 @pytest.mark.parametrize("setup, cases", [(40, 20), (90, 1)])
