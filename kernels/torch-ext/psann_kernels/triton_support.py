@@ -124,7 +124,7 @@ def sine_of_turns(r, dtype: tl.constexpr = tl.float32):
 
 @triton.jit
 def cosine_of_turns(r, dtype: tl.constexpr = tl.float32):
-    """cos(2 pi r), to the error of sine_of_turns."""
+    """cos(2 pi r), to the error of sine_of_turns up to 1e5 rad, where |r| may reach 0.503; by 0.65 the polynomial is 2e-4 off."""
     if HAS_FAST_SINE and dtype != tl.float32:
         return libdevice.fast_cosf(r * _S0)
     return _sine_of_quarter(0.25 - tl.abs(r))
