@@ -46,7 +46,7 @@ def make_case(
 ) -> Case:  # fmt: skip
     """Random values, the same for one seed whatever the blocks' numbering.
 
-    junk        fills every slot without a token
+    junk        fills every slot without a token; what is too large for dtype becomes infinite
     numbering   seed of the permutation that deals out the blocks
     options     of "pairs" or "halves", "window", "alibi", "scale"
     """
@@ -60,7 +60,7 @@ def make_case(
     needed = [-(-length // block_size) for length in lengths]
     num_blocks = sum(needed) + 3
     shuffled = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(numbering)).int()
-    k_cache = torch.full((num_blocks, block_size, num_kv_heads, head_dim), junk, dtype=dtype)
+    k_cache = torch.full((num_blocks, block_size, num_kv_heads, head_dim), junk, dtype=torch.float64).to(dtype)
     v_cache = k_cache.clone()
     block_table = torch.full((len(lengths), max(needed, default=0) + spare_columns), OUTSIDE, dtype=torch.int32)
     dealt = 0
