@@ -18,6 +18,8 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"device is {name!r}; it must be 'auto', 'cpu', 'cuda', 'cuda:1', 'mps' or the like ({error})") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}, but this machine has no usable CUDA GPU; use device='cpu' or 'auto'")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but this machine has {torch.cuda.device_count()} CUDA GPUs; use 'cuda:0' or 'auto'")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device is {name!r}, but this machine has no usable Apple GPU; use device='cpu' or 'auto'")
     return device
