@@ -151,7 +151,9 @@ def test_more_requests_than_rows_and_blocks(monkeypatch, base):
     prompts = [p + q for p in PROMPTS for q in ("", "?!")]
     # With these seeds rows end early, at the end of the document, as well as at their length.
     model.module.lm_head.weight.data[model.tokenizer.eos_id] *= 4
-    wanted = model.generate_batch(prompts, max_new_tokens=25, seed=0)
+    # The penalty remembers what a row has seen, which must not pass to the row's next request.
+    options = dict(max_new_tokens=25, seed=0, repetition_penalty=1.5)
+    wanted = model.generate_batch(prompts, **options)
     pools, most = [], []
 
     class Counted(cache_module.BlockPool):
@@ -177,7 +179,7 @@ def test_more_requests_than_rows_and_blocks(monkeypatch, base):
     monkeypatch.setattr(engine, "MAX_ROWS", 3)
     monkeypatch.setattr(engine, "MAX_CACHED_TOKENS", 80)
     monkeypatch.setattr(engine, "CHUNK", 7)
-    assert model.generate_batch(prompts, max_new_tokens=25, seed=0) == wanted
+    assert model.generate_batch(prompts, **options) == wanted
     assert len({len(text) for text in wanted}) > 3
     (pool,) = pools
     assert pool.all == 20 and not pool.owned and pool.free == 20 and 10 < max(most) <= 20
