@@ -40,7 +40,7 @@ from .triton_support import LOG2_E, narrow, widen
 
 
 @triton.jit
-def _delta_kernel(
+def delta_kernel(
     o_ptr, do_ptr, delta_ptr, rows, tokens, heads, do_b, do_t, do_h,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -105,7 +105,7 @@ def _add_queries(
 
 
 @triton.jit
-def _dk_dv_kernel(
+def dk_dv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, cos_ptr, sin_ptr, start_ptr, end_ptr, slope_ptr, dk_ptr, dv_ptr,
     softmax_scale, queries, keys, rows, kv_heads, group, max_position, window,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
@@ -196,7 +196,7 @@ def _add_keys(
 
 
 @triton.jit
-def _dq_kernel(
+def dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, cos_ptr, sin_ptr, start_ptr, slope_ptr, dq_ptr, softmax_scale,
     queries, keys, rows, heads, group, max_position, window, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -250,28 +250,28 @@ def _dq_kernel(
 
 # By BLOCK_D and whether the tensors are float32.
 KEY_TILES = {
-    (16, False): Tile(64, 128, 4, 2),
-    (32, False): Tile(64, 128, 4, 2),
-    (64, False): Tile(64, 128, 8, 2),
-    (128, False): Tile(64, 64, 8, 2),
+    (16, False): Tile(64, 128, 8, 2),
+    (32, False): Tile(64, 128, 8, 2),
+    (64, False): Tile(32, 128, 8, 2),
+    (128, False): Tile(32, 64, 8, 2),
     (256, False): Tile(32, 32, 8, 1),
-    (16, True): Tile(32, 32, 4, 2),
-    (32, True): Tile(32, 32, 4, 2),
-    (64, True): Tile(32, 32, 4, 2),
-    (128, True): Tile(16, 32, 4, 2),
+    (16, True): Tile(64, 32, 8, 1),
+    (32, True): Tile(64, 32, 8, 1),
+    (64, True): Tile(32, 32, 8, 1),
+    (128, True): Tile(16, 16, 8, 1),
     (256, True): Tile(16, 16, 8, 1),
 }
 QUERY_TILES = {
     (16, False): Tile(128, 64, 4, 2),
-    (32, False): Tile(128, 64, 4, 2),
+    (32, False): Tile(128, 64, 8, 2),
     (64, False): Tile(128, 64, 8, 2),
     (128, False): Tile(64, 64, 8, 2),
     (256, False): Tile(32, 32, 8, 1),
-    (16, True): Tile(32, 32, 4, 2),
-    (32, True): Tile(32, 32, 4, 2),
-    (64, True): Tile(32, 32, 4, 2),
-    (128, True): Tile(32, 16, 4, 2),
-    (256, True): Tile(16, 16, 8, 1),
+    (16, True): Tile(64, 32, 8, 1),
+    (32, True): Tile(32, 32, 8, 1),
+    (64, True): Tile(32, 32, 8, 1),
+    (128, True): Tile(16, 16, 8, 1),
+    (256, True): Tile(16, 16, 16, 1),
 }
 
 
@@ -279,7 +279,7 @@ def _delta(o: Tensor, do: Tensor) -> Tensor:
     batch, queries, heads, head_dim = o.shape
     delta = torch.empty((batch, heads, queries), dtype=torch.float32, device=o.device)
     rows, block_r = batch * queries * heads, rows_per_program(head_dim)
-    _delta_kernel[(triton.cdiv(rows, block_r),)](
+    delta_kernel[(triton.cdiv(rows, block_r),)](
         o, do, delta, rows, queries, heads, *do.stride()[:3], D=head_dim, BLOCK_D=block_d(head_dim), BLOCK_R=block_r
     )
     return delta
@@ -305,12 +305,12 @@ def _backward(
     sizes = (heads // kv_heads, 0 if cos is None else cos.shape[0], window or 0)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     tile = KEY_TILES[block_d(head_dim), q.dtype == torch.float32]
-    _dk_dv_kernel[(triton.cdiv(keys, tile.keys) * batch * kv_heads,)](
+    dk_dv_kernel[(triton.cdiv(keys, tile.keys) * batch * kv_heads,)](
         q, k, v, do, lse, delta, cos, sin, start, end, alibi_slopes, dk, dv, softmax_scale,
         queries, keys, batch * kv_heads, kv_heads, *sizes, *strides, **constants, **tile.options(),
     )  # fmt: skip
     tile = QUERY_TILES[block_d(head_dim), q.dtype == torch.float32]
-    _dq_kernel[(triton.cdiv(queries, tile.queries) * batch * heads,)](
+    dq_kernel[(triton.cdiv(queries, tile.queries) * batch * heads,)](
         q, k, v, do, lse, delta, cos, sin, start, alibi_slopes, dq, softmax_scale,
         queries, keys, batch * heads, heads, *sizes, *strides, **constants, **tile.options(),
     )  # fmt: skip

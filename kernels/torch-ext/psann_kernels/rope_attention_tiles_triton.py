@@ -192,8 +192,11 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor | None, shift: in
     return y
 
 
-def configuration(kernel: Any, name: str, dtype: str, tile: Tile | None, **constants: Any) -> Configuration:
-    """The form of `kernel` that a launcher here would compile for tensors of `dtype` ("bf16", "fp16", "fp32")."""
+def configuration(
+    kernel: Any, name: str, dtype: str, head_dim: int, tile: Tile | None, constants: dict[str, Any]
+) -> Configuration:  # fmt: skip
+    """The form of `kernel` that its launcher compiles for contiguous tensors of `dtype` ("bf16", "fp16" or "fp32")."""
+    constants = constants | dict(D=head_dim, BLOCK_D=block_d(head_dim))
     if tile is not None:
         constants |= dict(BLOCK_M=tile.queries, BLOCK_N=tile.keys)
     absent = {
@@ -210,8 +213,9 @@ def configuration(kernel: Any, name: str, dtype: str, tile: Tile | None, **const
         if absent.get(argument, False):
             constants[argument] = None
         elif argument not in constants:
-            is_stride = argument[-2:] in ("_b", "_t", "_h") and constants["D"] % 16 == 0
+            is_stride = argument[-2:] in ("_b", "_t", "_h") and head_dim % 16 == 0
             other = f"*{dtype}:16" if argument.endswith("_ptr") else "i32:16" if is_stride else "i32"
             signature[argument] = types.get(argument, other)
     warps_and_stages = {} if tile is None else dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
-    return Configuration(kernel, signature, constants, name=f"{name} {dtype} D={constants['D']}", **warps_and_stages)
+    name = f"rope_attention {kernel.__name__.strip('_').removesuffix('_kernel')} {name} {dtype} D={head_dim}"
+    return Configuration(kernel, signature, constants, name=name, **warps_and_stages)

@@ -16,14 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import rope_attention_backward_triton as backward
 from .documents import document_bounds
 from .library import define
 from .rope_attention import OP
-from .rope_attention_backward_triton import rope_attention_triton_backward
 from .rope_attention_tiles_triton import (
     Tile,
     angles,
     block_d,
+    configuration,
     distance,
     document_start,
     features,
@@ -31,13 +32,15 @@ from .rope_attention_tiles_triton import (
     key_range,
     load_operand,
     operand,
+    rotate_kernel,
     rotated,
+    rows_per_program,
     skipping,
     turn,
     variant,
     with_unit_stride,
 )
-from .triton_support import LOG2_E, narrow, refuses_device, refuses_dtype
+from .triton_support import LOG2_E, Configuration, narrow, refuses_device, refuses_dtype
 
 
 @triton.jit
@@ -141,14 +144,14 @@ def _forward_kernel(
 TILES = {
     (16, False): Tile(128, 64, 4, 3),
     (32, False): Tile(128, 64, 4, 3),
-    (64, False): Tile(128, 64, 4, 3),
-    (128, False): Tile(128, 64, 8, 2),
-    (256, False): Tile(64, 32, 4, 2),
-    (16, True): Tile(64, 32, 4, 2),
-    (32, True): Tile(64, 32, 4, 2),
-    (64, True): Tile(64, 32, 4, 2),
-    (128, True): Tile(32, 32, 4, 2),
-    (256, True): Tile(16, 16, 4, 1),
+    (64, False): Tile(128, 64, 8, 3),
+    (128, False): Tile(128, 32, 8, 2),
+    (256, False): Tile(64, 32, 8, 2),
+    (16, True): Tile(64, 32, 8, 1),
+    (32, True): Tile(64, 32, 8, 1),
+    (64, True): Tile(32, 32, 8, 1),
+    (128, True): Tile(32, 32, 8, 1),
+    (256, True): Tile(16, 16, 8, 1),
 }
 
 
@@ -192,7 +195,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _differentiate(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return *rope_attention_triton_backward(do, *ctx.saved_tensors, *ctx.options), *[None] * 8
+    return *backward.rope_attention_triton_backward(do, *ctx.saved_tensors, *ctx.options), *[None] * 8
 
 
 rope_attention_triton = define(
@@ -203,6 +206,29 @@ rope_attention_triton = define(
     _differentiate,
     _setup_context,
 )
+
+
+def configurations() -> list[Configuration]:
+    """Every row of the tables with all options on, which takes most registers, and the plain call at the usual widths.
+
+    Which options are on is the caller's choice; float16 compiles like bfloat16.
+    """
+    full = dict(ROTARY="halves", HAS_DOCUMENTS=True, HAS_WINDOW=True, HAS_ALIBI=True)
+    plain = dict(ROTARY="pairs", HAS_DOCUMENTS=False, HAS_WINDOW=False, HAS_ALIBI=False)
+    found = []
+    for kernel, tiles in ((_forward_kernel, TILES), (backward.dk_dv_kernel, backward.KEY_TILES), (backward.dq_kernel, backward.QUERY_TILES)):
+        for (width, is_float32), tile in tiles.items():
+            dtype = "fp32" if is_float32 else "bf16"
+            found.append(configuration(kernel, "full", dtype, width, tile, full))
+            if dtype == "bf16" and width in (64, 128):
+                found.append(configuration(kernel, "plain", dtype, width, tile, plain))
+    documents = dict(ROTARY="pairs", HAS_DOCUMENTS=True)
+    return [
+        *found,
+        configuration(rotate_kernel, "pairs", "bf16", 64, None, documents | dict(BLOCK_R=rows_per_program(64))),
+        configuration(rotate_kernel, "halves", "fp32", 128, None, documents | dict(ROTARY="halves", BLOCK_R=rows_per_program(128))),
+        configuration(backward.delta_kernel, "plain", "bf16", 64, None, dict(BLOCK_R=rows_per_program(64))),
+    ]
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, **options: Any) -> str | None:
