@@ -18,6 +18,9 @@ template <int R, class W> INLINE void dot(const float* x, int64_t x_stride, cons
     Float sums[R][STREAMS] = {};
     auto step = [&](int64_t k, int64_t lanes) {
         Float w[STREAMS];
+        // The next group of weight rows lies right behind this one, where rows are dense.
+        const char* next = reinterpret_cast<const char*>(weight[0] + STREAMS * (weight[1] - weight[0]) + STREAMS * k);
+        for (size_t line = 0; line < STREAMS * WIDTH * sizeof(W); line += 64) __builtin_prefetch(next + line, 0, 3);
         for (int s = 0; s < STREAMS; s++) w[s] = lanes == WIDTH ? load(weight[s] + k) : load(weight[s] + k, lanes);
         for (int r = 0; r < R; r++) {
             Float v = load(x + r * x_stride + k);  // padded with zeros

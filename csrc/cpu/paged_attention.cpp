@@ -1,10 +1,10 @@
 // Attention of the newest tokens of each sequence over its blocks; the definition is paged_attention.py's reference_attention.
 //
 // The time of one new token is that of reading its keys and values once: 2 * seq_len * kv_heads * head_dim * itemsize bytes. So a
-// piece of work is one sequence's keys from SPLIT * s to SPLIT * (s + 1), for one key/value head and all the queries that share
-// it; the next tile's rows are fetched while this one's are used; and each piece leaves its maximum, sum and unscaled output for a
-// merge. Where splits lie depends on positions alone, so a sequence gets the same bits whoever shares the call. More than
-// SPLIT_TOKENS new tokens are pieces enough by themselves: those are taken CHUNK at a time and see all their keys in one piece.
+// piece of work is one sequence's keys from SPLIT * s to SPLIT * (s + 1) for all heads, in the order in which they lie in memory,
+// and the next tile is fetched while this one is used; each piece leaves its maximum, sum and unscaled output for a merge. Where
+// splits lie depends on positions alone, so a sequence gets the same bits whoever shares the call. More than SPLIT_TOKENS new
+// tokens reuse what they read: they are taken CHUNK at a time, one key/value head and all its keys a piece.
 #include <math.h>
 
 #include "../kernels.h"
@@ -15,10 +15,11 @@
 namespace PSANN_NAMESPACE {
 namespace {
 
-constexpr int64_t TILE_KEYS = 64;
-constexpr int64_t SPLIT = 256;
+constexpr int64_t TILE_KEYS = 32;
+constexpr int64_t SPLIT = 128;
 constexpr int64_t SPLIT_TOKENS = 16;
 constexpr int64_t CHUNK = 16;
+constexpr int64_t GATHERED = 16;  // keys whose values are added to one row before the next row's turn
 static_assert(SPLIT % TILE_KEYS == 0, "a tile lies in one split");
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -35,35 +36,44 @@ struct Sequence {
 
 static int64_t oldest_seen(const PagedAttention& a, int64_t position) { return a.window > 0 ? larger(0, position - a.window + 1) : 0; }
 
-// Queries that share a key/value head, in one piece: row r is new token r / group, query head r % group of the head's.
+// The queries of one piece, head after head: row (head - first_head) * per_head + r is new token r / group of query head
+// head * group + r % group, where `head` is the key/value head that the group shares.
 struct Rows {
-    int64_t count, stride;      // stride: head_dim padded to whole vectors
-    float *q, *o;               // (count, stride); q times softmax_scale * log2(e)
-    float *scores;              // (count, TILE_KEYS)
-    float *largest, *sum;       // (count): in units of log2
-    int64_t *from, *to;         // (count): keys that the row sees
-    float *slope;               // (count): taken off per token of distance
+    int64_t count, per_head, first_head, stride;  // stride: head_dim padded to whole vectors
+    float *q, *o;                                 // (count, stride); q times softmax_scale * log2(e)
+    float *scores;                                // (count, TILE_KEYS)
+    float *largest, *sum;                         // (count): in units of log2
+    float *slope;                                 // (count): taken off per token of distance
+    int64_t *from, *to;                           // (count): keys that the row sees
+    int64_t *first, *last;                        // (count): those in the tile at hand, counted from its begin
 };
 
-static int64_t floats_for_rows(int64_t count, int64_t stride) { return count * (2 * stride + TILE_KEYS + 3 + 4); }
+int64_t floats_for_rows(int64_t count, int64_t stride) { return count * (2 * stride + TILE_KEYS + 3 + 8); }
 
-static Rows rows_in(float* memory, int64_t count, int64_t stride) {
-    Rows r = {count, stride, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+Rows rows_in(float* memory, int64_t heads, int64_t per_head, int64_t first_head, int64_t stride) {
+    Rows r = {};
+    r.count = heads * per_head;
+    r.per_head = per_head;
+    r.first_head = first_head;
+    r.stride = stride;
     r.from = reinterpret_cast<int64_t*>(memory);
-    r.to = r.from + count;
-    r.q = reinterpret_cast<float*>(r.to + count);
-    r.o = r.q + count * stride;
-    r.scores = r.o + count * stride;
-    r.largest = r.scores + count * TILE_KEYS;
-    r.sum = r.largest + count;
-    r.slope = r.sum + count;
+    r.to = r.from + r.count;
+    r.first = r.to + r.count;
+    r.last = r.first + r.count;
+    r.q = reinterpret_cast<float*>(r.last + r.count);
+    r.o = r.q + r.count * stride;
+    r.scores = r.o + r.count * stride;
+    r.largest = r.scores + r.count * TILE_KEYS;
+    r.sum = r.largest + r.count;
+    r.slope = r.sum + r.count;
     return r;
 }
 
-template <class T> static void fill_rows(const PagedAttention& a, const Sequence& s, int64_t kv_head, int64_t first_token, const Rows& rows) {
+template <class T> void fill_rows(const PagedAttention& a, const Sequence& s, int64_t first_token, const Rows& rows) {
     int64_t group = a.heads / a.kv_heads;
     for (int64_t r = 0; r < rows.count; r++) {
-        int64_t token = first_token + r / group, head = kv_head * group + r % group, position = s.length - s.tokens + token;
+        int64_t within = r % rows.per_head, token = first_token + within / group, position = s.length - s.tokens + token;
+        int64_t head = (rows.first_head + r / rows.per_head) * group + within % group;
         const T* q = static_cast<const T*>(a.q) + (s.first_row + token) * a.q_stride + head * a.q_head_stride;
         for (int64_t d = a.head_dim; d < rows.stride; d++) rows.q[r * rows.stride + d] = 0.0f;
         for (int64_t d = 0; d < rows.stride; d++) rows.o[r * rows.stride + d] = 0.0f;
@@ -76,58 +86,77 @@ template <class T> static void fill_rows(const PagedAttention& a, const Sequence
     }
 }
 
+// Where each key's and value's first head of the piece lies.
 template <class T> struct Tile {
     int64_t begin, end;  // keys
     const T *k[TILE_KEYS], *v[TILE_KEYS];
 };
 
-template <class T> static void find_tile(const PagedAttention& a, int64_t sequence, int64_t kv_head, int64_t begin, int64_t end, Tile<T>& tile) {
+template <class T> void find_tile(const PagedAttention& a, int64_t sequence, const Rows& rows, int64_t begin, int64_t end, Tile<T>& tile) {
     tile.begin = begin;
     tile.end = end;
-    const int32_t* table = a.block_table + sequence * a.table_stride;
-    for (int64_t key = begin; key < end; key++) {
-        int64_t block = table[key / a.block_size], slot = key % a.block_size;
-        const Cache &k = a.k_cache, &v = a.v_cache;
-        tile.k[key - begin] = static_cast<const T*>(k.data) + block * k.block_stride + slot * k.slot_stride + kv_head * k.head_stride;
-        tile.v[key - begin] = static_cast<const T*>(v.data) + block * v.block_stride + slot * v.slot_stride + kv_head * v.head_stride;
-        for (int64_t d = 0; d < a.head_dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
-            __builtin_prefetch(tile.k[key - begin] + d, 0, 2);
-            __builtin_prefetch(tile.v[key - begin] + d, 0, 2);
-        }
+    const int32_t* table = a.block_table + sequence * a.table_stride + begin / a.block_size;
+    int64_t slot = begin % a.block_size;
+    auto place = [&](const Cache& cache) {
+        return static_cast<const T*>(cache.data) + *table * cache.block_stride + slot * cache.slot_stride + rows.first_head * cache.head_stride;
+    };
+    for (int64_t i = 0; i < end - begin; i++) {
+        tile.k[i] = place(a.k_cache);
+        tile.v[i] = place(a.v_cache);
+        if (++slot == a.block_size) slot = 0, table++;
     }
 }
 
-// Scores of R rows with the tile's keys first to last - 1.
-template <int R, class T> INLINE void score(const Rows& rows, int64_t row, const Tile<T>& tile, int64_t head_dim, int64_t first, int64_t last) {
-    const float* q = rows.q + row * rows.stride;
-    float* out = rows.scores + row * TILE_KEYS;
-    for (int64_t key = first; key < last; key++) {
-        Float sums[R] = {};
-        const T* k = tile.k[key];
-        int64_t d = 0;
-        for (; d + WIDTH <= head_dim; d += WIDTH) {
-            Float x = load(k + d);
-            for (int r = 0; r < R; r++) sums[r] = fma(load(q + r * rows.stride + d), x, sums[r]);
+template <class T> INLINE void fetch(const T* p, int64_t head_dim) {
+    for (int64_t d = 0; d < head_dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + d, 0, 3);
+}
+
+// Scores of R rows with K keys.
+template <int R, int K, class T> INLINE void score(const float* q, int64_t stride, const T* const* keys, int64_t offset, int64_t head_dim, float* out) {
+    Float sums[R][K] = {};
+    const T* k[K];
+    for (int i = 0; i < K; i++) k[i] = keys[i] + offset;
+    auto step = [&](int64_t d, int64_t lanes) {
+        Float x[K];
+        for (int i = 0; i < K; i++) x[i] = lanes == WIDTH ? load(k[i] + d) : load(k[i] + d, lanes);
+        for (int r = 0; r < R; r++) {
+            Float w = load(q + r * stride + d);
+            for (int i = 0; i < K; i++) sums[r][i] = fma(w, x[i], sums[r][i]);
         }
-        if (d < head_dim) {
-            Float x = load(k + d, head_dim - d);
-            for (int r = 0; r < R; r++) sums[r] = fma(load(q + r * rows.stride + d), x, sums[r]);
-        }
-        for (int r = 0; r < R; r++) out[r * TILE_KEYS + key] = sum(sums[r]);
+    };
+    int64_t d = 0;
+    for (; d + WIDTH <= head_dim; d += WIDTH) step(d, WIDTH);
+    if (d < head_dim) step(d, head_dim - d);
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < K; i++) out[r * TILE_KEYS + i] = sum(sums[r][i]);
+}
+
+// Scores of all rows of the piece with K keys, from key `key` of the tile.
+template <int K, class T> INLINE void score_all(const PagedAttention& a, const Rows& rows, const Tile<T>& tile, const Tile<T>& next, int64_t key) {
+    int64_t heads = rows.count / rows.per_head;
+    for (int64_t h = 0; h < heads; h++) {
+        int64_t offset = h * a.k_cache.head_stride;
+        for (int64_t i = key; i < smaller(key + K, next.end - next.begin); i++) fetch(next.k[i] + offset, a.head_dim);
+        int64_t r = h * rows.per_head, end = r + rows.per_head;
+        for (; end - r >= 2; r += 2) score<2, K>(rows.q + r * rows.stride, rows.stride, tile.k + key, offset, a.head_dim, rows.scores + r * TILE_KEYS + key);
+        if (r < end) score<1, K>(rows.q + r * rows.stride, rows.stride, tile.k + key, offset, a.head_dim, rows.scores + r * TILE_KEYS + key);
     }
 }
 
 // Turns a row's scores first to last - 1 into probabilities (unscaled), and brings its earlier sum and output to the new maximum.
-INLINE void renew(const Rows& rows, int64_t row, int64_t tile_begin, int64_t first, int64_t last) {
+INLINE void renew(const Rows& rows, int64_t row, int64_t tile_begin) {
     float *s = rows.scores + row * TILE_KEYS, *o = rows.o + row * rows.stride, largest = rows.largest[row];
+    int64_t first = rows.first[row], last = rows.last[row];
     if (rows.slope[row] != 0.0f) {
         for (int64_t key = first; key < last; key++) s[key] -= rows.slope[row] * static_cast<float>(rows.to[row] - 1 - (tile_begin + key));
     }
-    for (int64_t key = first; key < last; key++) largest = s[key] > largest ? s[key] : largest;
     // The lanes around the row's keys become 0.
     int64_t begin = first / WIDTH * WIDTH, end = (last + WIDTH - 1) / WIDTH * WIDTH;
     for (int64_t key = begin; key < first; key++) s[key] = -INFINITY;
     for (int64_t key = last; key < end; key++) s[key] = -INFINITY;
+    Float highest = all(largest);
+    for (int64_t key = begin; key < end; key += WIDTH) highest = max(load(s + key), highest);
+    largest = maximum(highest);
     float factor = rows.largest[row] == largest ? 1.0f : exp2f(rows.largest[row] - largest);
     Float total = {};
     for (int64_t key = begin; key < end; key += WIDTH) {
@@ -142,72 +171,68 @@ INLINE void renew(const Rows& rows, int64_t row, int64_t tile_begin, int64_t fir
     for (int64_t d = 0; d < rows.stride; d += WIDTH) store(o + d, load(o + d) * factor);
 }
 
-// Adds to R rows' outputs, features d to d + N * WIDTH (the last `lanes` of them exist), their probabilities times the values.
-template <int R, int N, class T> INLINE void gather(const Rows& rows, int64_t row, const Tile<T>& tile, int64_t d, int64_t lanes, int64_t first, int64_t last) {
+// Adds to R rows' outputs, from feature d on N vectors (the last with `lanes` lanes), probabilities times the values of keys
+// first to last - 1.
+template <int R, int N, class T> INLINE void gather(const Rows& rows, int64_t row, const T* const* v, int64_t offset, int64_t d, int64_t lanes, int64_t first, int64_t last) {
     float *o = rows.o + row * rows.stride + d, *p = rows.scores + row * TILE_KEYS;
     Float sums[R][N];
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) sums[r][n] = load(o + r * rows.stride + n * WIDTH);
     for (int64_t key = first; key < last; key++) {
+        const T* at = v[key] + offset + d;
         for (int n = 0; n < N; n++) {
-            Float v = lanes == WIDTH ? load(tile.v[key] + d + n * WIDTH) : load(tile.v[key] + d, lanes);
-            for (int r = 0; r < R; r++) sums[r][n] = fma(all(p[r * TILE_KEYS + key]), v, sums[r][n]);
+            Float x = lanes == WIDTH ? load(at + n * WIDTH) : load(at, lanes);
+            for (int r = 0; r < R; r++) sums[r][n] = fma(all(p[r * TILE_KEYS + key]), x, sums[r][n]);
         }
     }
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) store(o + r * rows.stride + n * WIDTH, sums[r][n]);
 }
 
-template <int R, class T> INLINE void gather_all(const Rows& rows, int64_t row, const Tile<T>& tile, int64_t head_dim, int64_t first, int64_t last) {
+template <int R, class T> INLINE void gather_all(const Rows& rows, int64_t row, const T* const* v, int64_t offset, int64_t head_dim, int64_t first, int64_t last) {
     constexpr int N = R == 1 ? 8 : 4;
     int64_t d = 0;
-    for (; d + N * WIDTH <= head_dim; d += N * WIDTH) gather<R, N>(rows, row, tile, d, WIDTH, first, last);
-    for (; d < head_dim; d += WIDTH) gather<R, 1>(rows, row, tile, d, smaller(WIDTH, head_dim - d), first, last);
+    for (; d + N * WIDTH <= head_dim; d += N * WIDTH) gather<R, N>(rows, row, v, offset, d, WIDTH, first, last);
+    for (; d < head_dim; d += WIDTH) gather<R, 1>(rows, row, v, offset, d, smaller(WIDTH, head_dim - d), first, last);
 }
 
-// A row's keys within the tile, counted from its begin.
-template <class T> INLINE void seen(const Rows& rows, int64_t row, const Tile<T>& tile, int64_t& first, int64_t& last) {
-    first = larger(rows.from[row], tile.begin) - tile.begin;
-    last = larger(first, smaller(rows.to[row], tile.end) - tile.begin);
-}
-
-template <class T> static void attend(const Rows& rows, const Tile<T>& tile, int64_t head_dim) {
-    for (int64_t r = 0; r < rows.count;) {
-        // Scores of keys that a row does not see are computed with its neighbours' and left out of its sums.
-        int64_t n = rows.count - r >= 4 ? 4 : rows.count - r >= 2 ? 2 : 1, first = TILE_KEYS, last = 0;
-        for (int64_t i = r; i < r + n; i++) {
-            int64_t f, l;
-            seen(rows, i, tile, f, l);
-            if (f < l) first = smaller(first, f), last = larger(last, l);
+// `next` is fetched meanwhile, a little beside each piece of work: all of it at once would only be waited for.
+template <class T> void attend(const PagedAttention& a, const Rows& rows, const Tile<T>& tile, const Tile<T>& next) {
+    int64_t keys = tile.end - tile.begin;
+    for (int64_t r = 0; r < rows.count; r++) {
+        rows.first[r] = larger(rows.from[r], tile.begin) - tile.begin;
+        rows.last[r] = larger(rows.first[r], smaller(rows.to[r], tile.end) - tile.begin);
+    }
+    // Scores of keys that a row does not see are computed too and then left out.
+    int64_t key = 0;
+    for (; key + 4 <= keys; key += 4) score_all<4>(a, rows, tile, next, key);
+    for (; key < keys; key++) score_all<1>(a, rows, tile, next, key);
+    for (int64_t r = 0; r < rows.count; r++)
+        if (rows.first[r] < rows.last[r]) renew(rows, r, tile.begin);
+    for (int64_t begin = 0; begin < keys; begin += GATHERED) {
+        for (int64_t r = 0; r < rows.count; r++) {
+            int64_t offset = r / rows.per_head * a.v_cache.head_stride;
+            int64_t first = larger(rows.first[r], begin), last = smaller(rows.last[r], begin + GATHERED);
+            if (r % rows.per_head == 0)
+                for (int64_t key = begin; key < smaller(begin + GATHERED, next.end - next.begin); key++) fetch(next.v[key] + offset, a.head_dim);
+            if (first >= last) continue;
+            // Only rows that see the same keys go together: a key that one of them must not see could be NaN, and 0 * NaN is NaN.
+            bool pair = (r + 1) % rows.per_head != 0 && rows.first[r + 1] == rows.first[r] && rows.last[r + 1] == rows.last[r];
+            if (pair) gather_all<2>(rows, r++, tile.v, offset, a.head_dim, first, last);
+            else gather_all<1>(rows, r, tile.v, offset, a.head_dim, first, last);
         }
-        if (first < last) n == 4 ? score<4>(rows, r, tile, head_dim, first, last) : n == 2 ? score<2>(rows, r, tile, head_dim, first, last) : score<1>(rows, r, tile, head_dim, first, last);
-        r += n;
-    }
-    for (int64_t r = 0; r < rows.count; r++) {
-        int64_t f, l;
-        seen(rows, r, tile, f, l);
-        if (f < l) renew(rows, r, tile.begin, f, l);
-    }
-    for (int64_t r = 0; r < rows.count; r++) {
-        int64_t f, l, next_f = -1, next_l = -1;
-        seen(rows, r, tile, f, l);
-        if (f >= l) continue;
-        // Only rows that see the same keys go together: a key that one of them must not see could be NaN, and 0 * NaN is NaN.
-        if (r + 1 < rows.count) seen(rows, r + 1, tile, next_f, next_l);
-        if (next_f == f && next_l == l) gather_all<2>(rows, r++, tile, head_dim, f, l);
-        else gather_all<1>(rows, r, tile, head_dim, f, l);
     }
 }
 
-template <class T> static void attend_range(const PagedAttention& a, int64_t sequence, int64_t kv_head, const Rows& rows, int64_t begin, int64_t end) {
+template <class T> void attend_range(const PagedAttention& a, int64_t sequence, const Rows& rows, int64_t begin, int64_t end) {
     Tile<T> tiles[2];
     int64_t tile_end = smaller(begin / TILE_KEYS * TILE_KEYS + TILE_KEYS, end);
-    find_tile(a, sequence, kv_head, begin, tile_end, tiles[0]);
+    if (begin < end) find_tile(a, sequence, rows, begin, tile_end, tiles[0]);
     for (int i = 0; begin < end; i ^= 1) {
         begin = tile_end;
         tile_end = smaller(begin + TILE_KEYS, end);
-        if (begin < end) find_tile(a, sequence, kv_head, begin, tile_end, tiles[i ^ 1]);
-        attend(rows, tiles[i], a.head_dim);
+        find_tile(a, sequence, rows, begin, tile_end, tiles[i ^ 1]);  // of no keys, after the last
+        attend(a, rows, tiles[i], tiles[i ^ 1]);
     }
 }
 
@@ -217,6 +242,7 @@ template <class T> INLINE void store_row(T* to, const float* from, int64_t count
     if (d < count) store(to + d, load(from + d) * factor, count - d);
 }
 
+// Where row r of a key/value head goes.
 template <class T> INLINE T* output_row(const PagedAttention& a, const Sequence& s, int64_t kv_head, int64_t first_token, int64_t r) {
     int64_t group = a.heads / a.kv_heads;
     return static_cast<T*>(a.o) + ((s.first_row + first_token + r / group) * a.heads + kv_head * group + r % group) * a.head_dim;
@@ -267,7 +293,7 @@ template <class T> static void run(const PagedAttention& a) {
         s.chunks = s.is_split ? 1 : (s.tokens + CHUNK - 1) / CHUNK;
         s.first_piece = pieces;
         s.first_partial = partial_floats;
-        pieces += s.chunks * s.splits * a.kv_heads;
+        pieces += s.is_split ? s.splits : s.chunks * a.kv_heads;
         if (s.is_split) partial_floats += s.splits * s.tokens * a.heads * (stride + 2);
         work += s.tokens * s.length * a.heads * a.head_dim;
     }
@@ -283,23 +309,29 @@ template <class T> static void run(const PagedAttention& a) {
         }
         const Sequence& s = sequences[b];
         piece -= s.first_piece;
-        int64_t kv_head = piece % a.kv_heads, split = piece / a.kv_heads % s.splits, chunk = piece / a.kv_heads / s.splits;
-        int64_t first_token = chunk * CHUNK, tokens = s.is_split ? s.tokens : smaller(CHUNK, s.tokens - first_token), count = tokens * group;
-        Workspace scratch(floats_for_rows(count, stride));
-        Rows rows = rows_in(scratch.data, count, stride);
-        fill_rows<T>(a, s, kv_head, first_token, rows);
-        int64_t begin = rows.from[0], end = rows.to[count - 1];
+        int64_t split = piece, first_token = 0, tokens = s.tokens, heads = a.kv_heads, first_head = 0;
+        if (!s.is_split) {
+            heads = 1;
+            first_head = piece % a.kv_heads;
+            first_token = piece / a.kv_heads * CHUNK;
+            tokens = smaller(CHUNK, s.tokens - first_token);
+        }
+        int64_t per_head = tokens * group;
+        Workspace scratch(floats_for_rows(heads * per_head, stride));
+        Rows rows = rows_in(scratch.data, heads, per_head, first_head, stride);
+        fill_rows<T>(a, s, first_token, rows);
+        int64_t begin = rows.from[0], end = rows.to[per_head - 1];
         if (s.is_split) {
             begin = larger(begin, (s.first_split + split) * SPLIT);
             end = smaller(end, (s.first_split + split + 1) * SPLIT);
         }
-        attend_range<T>(a, b, kv_head, rows, begin, end);
-        for (int64_t r = 0; r < count; r++) {
+        attend_range<T>(a, b, rows, begin, end);
+        for (int64_t r = 0; r < rows.count; r++) {
             if (!s.is_split) {
-                store_row(output_row<T>(a, s, kv_head, first_token, r), rows.o + r * stride, a.head_dim, 1.0f / rows.sum[r]);
+                store_row(output_row<T>(a, s, first_head, first_token, r), rows.o + r * stride, a.head_dim, 1.0f / rows.sum[r]);
                 continue;
             }
-            float* p = partials.data + s.first_partial + ((split * a.kv_heads + kv_head) * count + r) * (stride + 2);
+            float* p = partials.data + s.first_partial + (split * rows.count + r) * (stride + 2);
             p[0] = rows.largest[r];
             p[1] = rows.sum[r];
             for (int64_t d = 0; d < stride; d += WIDTH) store(p + 2 + d, load(rows.o + r * stride + d));

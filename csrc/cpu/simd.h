@@ -117,6 +117,13 @@ INLINE float sum(Float x) {
 }
 
 INLINE float maximum(Float x) {
+#if defined(PSANN_AVX2)
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+#elif defined(PSANN_AVX512)
+    return _mm512_reduce_max_ps((__m512)x);
+#endif
     for (int step = WIDTH / 2; step > 0; step /= 2)
         for (int i = 0; i < step; i++) x[i] = x[i] > x[i + step] ? x[i] : x[i + step];
     return x[0];
@@ -133,7 +140,27 @@ INLINE Short shorts(Uint x) {
 #endif
 }
 
-INLINE Float widen_bf16(Short h) { return (Float)(__builtin_convertvector(h, Uint) << 16); }
+// gcc 12 would make six instructions of these conversions.
+INLINE Uint uints(Short x) {
+#if defined(PSANN_AVX512)
+    return (Uint)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(PSANN_AVX2)
+    return (Uint)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+    return __builtin_convertvector(x, Uint);
+#endif
+}
+INLINE Int ints(const int8_t* p) {
+#if defined(PSANN_AVX512)
+    return (Int)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(PSANN_AVX2)
+    return (Int)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+    return __builtin_convertvector(*reinterpret_cast<const ByteAnywhere*>(p), Int);
+#endif
+}
+
+INLINE Float widen_bf16(Short h) { return (Float)(uints(h) << 16); }
 
 INLINE Short narrow_bf16(Float x) {
     Uint bits = (Uint)x;
@@ -173,7 +200,7 @@ INLINE Short narrow_fp16(Float x) {
 #endif
 }
 
-INLINE Float load(const int8_t* p) { return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const ByteAnywhere*>(p), Int), Float); }
+INLINE Float load(const int8_t* p) { return __builtin_convertvector(ints(p), Float); }
 INLINE Float load(const bf16* p) { return widen_bf16(*reinterpret_cast<const ShortAnywhere*>(p)); }
 INLINE Float load(const fp16* p) { return widen_fp16(*reinterpret_cast<const ShortAnywhere*>(p)); }
 INLINE void store(bf16* p, Float x) { *reinterpret_cast<ShortAnywhere*>(p) = narrow_bf16(x); }
@@ -197,8 +224,19 @@ INLINE Float rounded(Float x, const bf16*) { return widen_bf16(narrow_bf16(x)); 
 INLINE Float rounded(Float x, const fp16*) { return widen_fp16(narrow_fp16(x)); }
 
 INLINE float scalar(float x) { return x; }
-INLINE float scalar(bf16 x) { return load(&x, 1)[0]; }
-INLINE float scalar(fp16 x) { return load(&x, 1)[0]; }
+INLINE float scalar(bf16 x) {
+    uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float y;
+    __builtin_memcpy(&y, &bits, 4);
+    return y;
+}
+INLINE float scalar(fp16 x) {
+#if defined(__F16C__)
+    return _cvtsh_ss(x.bits);
+#else
+    return load(&x, 1)[0];
+#endif
+}
 
 // Past the caches: saves reading the lines that are about to be overwritten. Only for aligned p, and followed by stream_end().
 INLINE bool can_stream(const void* p, size_t vector_bytes) {
