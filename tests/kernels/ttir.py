@@ -66,14 +66,14 @@ def unsafe_addresses(ttir: str) -> list[str]:
 
 
 def is_from_program_id(value: Value) -> bool:
-    """Whether a value is computed from a program id, otherwise than by a load."""
+    """Whether a value is computed from a program id in 32 bits: not by a load, nor in 64 bits and narrowed to an index after."""
     seen: set[Value] = set()
     pending = [value]
     while pending:
         part = pending.pop()
         if part.op == "tt.get_program_id":
             return True
-        if part not in seen and part.op not in _LOADS:
+        if part not in seen and part.op not in (*_LOADS, "arith.trunci"):
             seen.add(part)
             pending += part.operands
     return False
