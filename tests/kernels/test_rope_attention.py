@@ -116,7 +116,7 @@ def witnesses(case, backend):
 
 def serving(backend, dtype=torch.float32):
     x = torch.zeros(1, 1, 1, 2, dtype=dtype)
-    reason = OP.refusal(backend, x, x, x, softmax_scale=1.0)
+    reason = OP.refusal(backend, x, x, x)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
 
@@ -395,7 +395,7 @@ def test_a_named_backend_serves_or_raises():
     x = torch.zeros(1, 2, 1, 288)
     with pytest.raises(BackendError, match="rope_attention.*backend='triton'.*head_dim is 288; the kernel serves at most 256"):
         rope_attention(x, x, x, backend="triton")
-    rows = {row["backend"]: row for row in explain("rope_attention", x, x, x, softmax_scale=1.0)}
+    rows = {row["backend"]: row for row in explain("rope_attention", x, x, x)}
     assert rows["torch"]["serves"] == "yes" and rows["triton"]["serves"] == "no" and "288" in rows["triton"]["reason"]
     x = x[..., :16].double()
     with pytest.raises(BackendError, match="float64"):

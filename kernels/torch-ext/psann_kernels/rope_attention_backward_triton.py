@@ -28,6 +28,7 @@ from .rope_attention_tiles_triton import (
     first_key,
     key_range,
     load_operand,
+    narrowing,
     operand,
     rotated,
     rows_per_program,
@@ -248,7 +249,7 @@ def dq_kernel(
     tl.store(dq_ptr + out + c_k[None, :], narrow(dq, dq_ptr.dtype.element_ty), mask=here_k)
 
 
-# By BLOCK_D and whether the tensors are float32.
+# Chosen like the forward's TILES.
 KEY_TILES = {
     (16, False): Tile(64, 128, 8, 2),
     (32, False): Tile(64, 128, 8, 2),
@@ -301,8 +302,9 @@ def _backward(
         q = rotated(q, cos, sin, start, keys - queries, interleaved)
     delta = _delta(o, do)
 
-    constants = variant(head_dim, cos, interleaved, start, window, alibi_slopes)
-    sizes = (heads // kv_heads, 0 if cos is None else cos.shape[0], window or 0)
+    width = narrowing(window, keys)
+    constants = variant(head_dim, cos, interleaved, start, width, alibi_slopes)
+    sizes = (heads // kv_heads, 0 if cos is None else cos.shape[0], width)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     tile = KEY_TILES[block_d(head_dim), q.dtype == torch.float32]
     dk_dv_kernel[(triton.cdiv(keys, tile.keys) * batch * kv_heads,)](

@@ -158,13 +158,18 @@ def block_d(head_dim: int) -> int:
 
 
 def variant(
-    head_dim: int, cos: Tensor | None, interleaved: bool, start: Tensor | None, window: int | None, alibi_slopes: Tensor | None
+    head_dim: int, cos: Tensor | None, interleaved: bool, start: Tensor | None, window: int, alibi_slopes: Tensor | None
 ) -> dict[str, Any]:
-    """The compile-time constants that a call's arguments fix."""
+    """The compile-time constants that a call's arguments fix. window is 0 where there is none."""
     return dict(
         D=head_dim, BLOCK_D=block_d(head_dim), ROTARY="none" if cos is None else "pairs" if interleaved else "halves",
-        HAS_DOCUMENTS=start is not None, HAS_WINDOW=window is not None, HAS_ALIBI=alibi_slopes is not None,
+        HAS_DOCUMENTS=start is not None, HAS_WINDOW=window > 0, HAS_ALIBI=alibi_slopes is not None,
     )  # fmt: skip
+
+
+def narrowing(window: int | None, keys: int) -> int:
+    """The window in tokens, 0 if it leaves no key out."""
+    return 0 if window is None or window >= keys else window
 
 
 def with_unit_stride(t: Tensor) -> Tensor:
@@ -184,7 +189,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor | None, shift: in
     if x.numel() == 0:
         return y
     rows, block_r = batch * tokens * heads, rows_per_program(head_dim)
-    constants = variant(head_dim, cos, interleaved, start, None, None)
+    constants = variant(head_dim, cos, interleaved, start, 0, None)
     rotate_kernel[(triton.cdiv(rows, block_r),)](
         x, cos, sin, start, y, rows, tokens, heads, shift, cos.shape[0], *x.stride()[:3],
         **{name: constants[name] for name in ("D", "BLOCK_D", "ROTARY", "HAS_DOCUMENTS")}, BLOCK_R=block_r,
