@@ -165,7 +165,7 @@ def _backward_wide_kernel(
         tl.store(dx_ptr + row * features + c, narrow(dx, dx_ptr.dtype.element_ty), mask=c < features)
 
         sum_weight += dy * h * q
-        row += tl.num_programs(0)
+        row += tl.num_programs(0).to(tl.int64)
 
     tl.store(partial_ptr + program * features + c, sum_weight, mask=c < features)
 
