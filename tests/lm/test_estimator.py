@@ -28,6 +28,7 @@ def test_the_quickstart_of_the_documentation(capsys, tmp_path):
         pack_sequences=True,
     )  # fmt: skip
 
+    torch.manual_seed(0)  # an unlucky draw may end the document at once
     model = psannLM(base="waveresnet", d_model=512, n_layers=8, n_heads=8,
                     vocab_size=dp.vocab_size, rope=True,
                     sine_params=dict(amp_init=1.0, freq_init=1.0, damp_init=0.01, trainable=True))  # fmt: skip
@@ -41,7 +42,9 @@ def test_the_quickstart_of_the_documentation(capsys, tmp_path):
         outs = model.generate_batch(["hello", "goodnight"], max_new_tokens=32, top_p=0.9)
     print(outs)
 
-    assert len(capsys.readouterr().out) > 40 and len(outs) == 2 and model.history_[-1]["loss"] > 0
+    written = capsys.readouterr().out
+    assert written.endswith(f"{outs}\n") and len(written) > len(f"{outs}\n") + 1
+    assert len(outs) == 2 and model.history_[-1]["loss"] > 0
     model.save(tmp_path / "model")
     loaded = psannLM.load(tmp_path / "model")
     with warnings.catch_warnings():
