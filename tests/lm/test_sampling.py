@@ -146,6 +146,10 @@ def test_the_repetition_penalty_lowers_what_was_seen_whatever_its_sign(monkeypat
     assert draw(monkeypatch, [1.0, 1.2], params_of(temperature=0, repetition_penalty=0.5), [0.5], seen=[0]) == [0]
 
 
+def test_an_interval_has_its_lower_end_and_not_its_upper(monkeypatch):
+    assert draw(monkeypatch, [0.0] * 4, params_of(), [0.0, 0.25, 0.5, 0.75]) == [0, 1, 2, 3]
+
+
 def test_minus_infinity_is_never_drawn(monkeypatch):
     assert support(monkeypatch, [0.0, -math.inf, 1.0, -math.inf]) == [0, 2]
     assert support(monkeypatch, [-math.inf, -5.0, -math.inf], temperature=0) == [1]
