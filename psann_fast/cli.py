@@ -1,4 +1,4 @@
-"""The command line: psann-fast train | generate | eval | import | doctor."""
+"""The command line: psann-fast train | generate | eval | import | export | doctor."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from .data.documents import read_paths
 from .doctor import report
 from .estimator import psannLM
 from .generate.sampling import SamplingParams
+from .integrations.export import export, import_exported
 from .version import __version__
 
-USER_ERRORS = (ValueError, TypeError, OSError, BackendError, FloatingPointError)
+USER_ERRORS = (ValueError, TypeError, OSError, BackendError, FloatingPointError, ModuleNotFoundError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,13 +91,19 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", nargs="+", metavar="PATH", required=True, help="text files, or folders of .txt files")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
-    importer = commands.add_parser("import", help="bring in a model of psannlm")
+    importer = commands.add_parser("import", help="bring in a model of psannlm, or one that was exported")
     importer.set_defaults(run=_import)
-    importer.add_argument("path", help=".pt file of psannlm 2.0.1 or 0.12; nothing in it is executed")
+    importer.add_argument("path", help=".pt file of psannlm 2.0.1 or 0.12, or an exported folder; nothing in it is executed")
     importer.add_argument("--out", metavar="FOLDER", required=True, help="folder for the model")
-    importer.add_argument("--drop", action="append", default=[], metavar="PART", help="leave a part behind: wave, psannlm's temporal branch")
-    importer.add_argument("--n-heads", type=int, metavar="N", help="for files that do not say it")
-    importer.add_argument("--positional-encoding", metavar="NAME", help="rope, alibi or sinusoidal, for files that do not say it")
+    importer.add_argument("--drop", action="append", default=[], metavar="PART", help="leave a part behind: wave, psannlm's wave branch")
+    importer.add_argument("--n-heads", type=int, metavar="N", help="for psannlm files that do not say it")
+    importer.add_argument("--positional-encoding", metavar="NAME", help="rope, alibi or sinusoidal, for psannlm files that do not say it")
+
+    exporter = commands.add_parser("export", help="write a model for another library")
+    exporter.set_defaults(run=_export)
+    exporter.add_argument("model", help="folder that save() or `psann-fast train` wrote")
+    exporter.add_argument("--to", choices=["hf"], required=True, help="hf: a folder that transformers loads without psann-fast")
+    exporter.add_argument("--out", metavar="FOLDER", required=True, help="folder for the exported model")
 
     doctor = commands.add_parser("doctor", help="versions, devices, and which backend would serve each op")
     doctor.set_defaults(run=_doctor)
@@ -194,12 +201,23 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    model = psannLM.from_psannlm(
-        options.path, drop=options.drop, n_heads=options.n_heads, positional_encoding=options.positional_encoding, device="cpu"
-    )
+    if Path(options.path).is_dir():
+        model = import_exported(options.path, device="cpu")
+    else:
+        model = psannLM.from_psannlm(
+            options.path, drop=options.drop, n_heads=options.n_heads, positional_encoding=options.positional_encoding, device="cpu"
+        )
     model.save(options.out)
     tokenizer = "without a tokenizer" if model.tokenizer is None else f"with its {model.tokenizer.name} tokenizer"
     print(f"{model.module.num_parameters():,} parameters of {options.path}, {tokenizer}, are in {options.out}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    notes = export(psannLM.load(options.model, device="cpu"), options.out)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{options.out}: AutoModelForCausalLM.from_pretrained({options.out!r}, trust_remote_code=True)")
     return 0
 
 
