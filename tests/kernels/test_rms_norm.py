@@ -12,7 +12,11 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(0, 3), (1, 1), (1, 130), (3, 33), (2, 3, 1), (2, 4, 17), (5, 0, 3), (33, 3)]
 # The constants of rms_norm_triton, made small so that small shapes take every path: programs that see several tiles of rows,
 # and rows wider than a tile.
-FORMS = {"as shipped": {}, "few programs": {"MAX_ROW_PROGRAMS": 2}, "wide rows": {"MAX_TILE": 16, "WIDE_TILE": 32, "MAX_ROW_PROGRAMS": 2}}
+FORMS = {
+    "as shipped": {},
+    "few programs": {"MAX_ROW_PROGRAMS": 2},
+    "wide rows": {"MAX_TILE": 16, "WIDE_TILE": 32, "MAX_ROW_PROGRAMS": 2},
+}
 RUNS = [(backend, form) for backend in BACKENDS for form in FORMS if backend == "triton" or form == "as shipped"]
 
 

@@ -35,11 +35,13 @@ from .triton_support import (
 )
 from .wave_conv import OP
 
-# Taps are unrolled and, in backward, carried in registers.
-MAX_KERNEL_SIZE = 32
+# Taps are unrolled and, in backward, carried in registers, which 16 taps overflow.
+MAX_KERNEL_SIZE = 8
+# Programs of a forward that fill any GPU: a larger call makes them longer, so that they read their parameters less often.
+FORWARD_PROGRAMS = 1024
 # Programs along the tokens whose partial sums the backward keeps: enough for any GPU, few enough that the second sum is small.
 MAX_TOKEN_PROGRAMS = 512
-# Tokens are counted in int32, a little beyond the last; addresses are int64.
+# Tokens, a little beyond the last, and walks are divided in int32, at a third of int64's cost.
 MAX_TOKENS = 2**31 - 2**20
 # Tokens of one walk: with 4 taps backward computes 3 in 64 twice.
 STEPS = 64
@@ -49,22 +51,22 @@ STEPS = 64
 def _document_of(t, row, tokens, cu_seqlens_ptr, documents, halvings):
     """(first token, number) of t's document in a packed call. Tokens are counted over all rows; each row begins a document."""
     # The last document that starts at or before t; more halvings than needed change nothing.
-    low = tl.zeros_like(t)
+    low = tl.zeros(t.shape, tl.int32)
     high = low + documents
     for _ in range(0, halvings):
         middle = (low + high) // 2
         is_later = tl.load(cu_seqlens_ptr + middle) > t
         high = tl.where(is_later, middle, high)
         low = tl.where(is_later, low, middle)
-    return tl.maximum(row * tokens, tl.load(cu_seqlens_ptr + low)), low
+    return tl.maximum(row * tokens, tl.load(cu_seqlens_ptr + low).to(tl.int64)), low.to(tl.int64)
 
 
 @triton.jit
 def _before(state_ptr, document, slot, length, c, features, here):
-    """Input `slot` of the `length` that precede a document, oldest first; 0 where not `here`."""
-    # The bounds keep offsets that are no offsets from reading elsewhere.
+    """Input `slot` of the `length` that precede a document, oldest first; 0 where not `here` and where the slot is none of them:
+    from `length` on it lies in the document itself."""
     mask = here & (slot >= 0) & (slot < length)
-    return widen(tl.load(state_ptr + (document.to(tl.int64) * length + slot) * features + c, mask=mask, other=0.0))
+    return widen(tl.load(state_ptr + (document * length + slot) * features + c, mask=mask, other=0.0))
 
 
 @triton.jit
@@ -76,6 +78,8 @@ def _forward_kernel(
     # Columns and their parameters stay while `tiles` tiles of tokens pass.
     c = (tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]
     inside = c < features
+    hop = tl.cast(dilation, tl.int64)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
     amplitude = tl.load(amplitude_ptr + c, mask=inside, other=0.0)
     damping = tl.load(damping_ptr + c, mask=inside, other=0.0)
     high, low = split_turns(tl.load(frequency_ptr + c, mask=inside, other=0.0))
@@ -86,30 +90,29 @@ def _forward_kernel(
     for j in tl.static_range(K):
         weights = weights + (widen(tl.load(weight_ptr + c * K + j, mask=inside, other=0.0)),)
 
-    t = (tl.program_id(0).to(tl.int64) * tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int32)[:, None]
+    t = (tl.program_id(0).to(tl.int64) * tiles * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
     for _ in range(0, tiles):
         here = (t < total) & inside
-        row = t // tokens
+        row = (t.to(tl.int32) // tokens).to(tl.int64)
         start = row * tokens
         document = row
         if cu_seqlens_ptr is not None:
             start, document = _document_of(t, row, tokens, cu_seqlens_ptr, documents, halvings)
-        row_ptr = x_ptr + row.to(tl.int64) * row_stride + c
+        row_ptr = x_ptr + row * row_stride + c
 
         convolved = bias + tl.zeros((BLOCK_T, BLOCK_F), tl.float32)
         for j in tl.static_range(K):
-            back = t - (K - 1 - j) * dilation
-            token = (back - row * tokens).to(tl.int64)
-            tap = widen(tl.load(row_ptr + token * token_stride, mask=here & (back >= start), other=0.0))
+            back = t - (K - 1 - j) * hop
+            tap = widen(tl.load(row_ptr + (back - row * tokens) * token_stride, mask=here & (back >= start), other=0.0))
             if state_ptr is not None:
-                length = (K - 1) * dilation
-                tap += _before(state_ptr, document, length + back - start, length, c, features, here & (back < start))
+                length = (K - 1) * hop
+                tap += _before(state_ptr, document, length + back - start, length, c, features, here)
             convolved = tl.fma(weights[j], tap, convolved)
 
         e, _ = envelope(convolved, damping, MODE)
-        y = amplitude * e * sine_of_turns(turns_of(convolved, high, low))
+        y = amplitude * e * sine_of_turns(turns_of(convolved, high, low), dtype)
 
-        tl.store(y_ptr + t.to(tl.int64) * features + c, narrow(y, y_ptr.dtype.element_ty), mask=here)
+        tl.store(y_ptr + t * features + c, narrow(y, dtype), mask=here)
         t += BLOCK_T
 
 
@@ -124,6 +127,8 @@ def _backward_kernel(
     program = tl.program_id(0).to(tl.int64)
     c = (tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]
     inside = c < features
+    hop = tl.cast(dilation, tl.int64)
+    dtype: tl.constexpr = dx_ptr.dtype.element_ty
     amplitude = tl.load(amplitude_ptr + c, mask=inside, other=0.0)
     frequency = tl.load(frequency_ptr + c, mask=inside, other=0.0)
     damping = tl.load(damping_ptr + c, mask=inside, other=0.0)
@@ -144,34 +149,41 @@ def _backward_kernel(
 
     walk = (program * LANES + tl.arange(0, LANES)).to(tl.int32)[:, None]
     for _ in range(program, tl.cdiv(walks, LANES), tl.num_programs(0)):
-        row = walk // residues // chunks
-        first = walk // residues % chunks * steps * dilation + walk % residues
+        row = (walk // residues // chunks).to(tl.int64)
+        first = (walk // residues % chunks).to(tl.int64) * steps * dilation + walk % residues
         # This walk answers for the tokens of its row from `first` up to `last`, every `dilation`-th.
-        last = tl.where(walk < walks, tl.minimum(first + steps * dilation, tokens), first)
+        last = tl.where(walk < walks, tl.minimum(first + steps * hop, tokens), first)
         end = tl.where(walk < walks, tokens, 0)
-        x_row_ptr = x_ptr + row.to(tl.int64) * x_row_stride + c
-        dy_row_ptr = dy_ptr + row.to(tl.int64) * dy_row_stride + c
-        dx_row_ptr = dx_ptr + row.to(tl.int64) * tokens * features + c
+        x_row_ptr = x_ptr + row * x_row_stride + c
+        dy_row_ptr = dy_ptr + row * dy_row_stride + c
+        dx_row_ptr = dx_ptr + row * tokens * features + c
 
         # Oldest first: the inputs, and the unfinished dx, of the K - 1 tokens before the present one.
         inputs = ()
         gradients = ()
         for j in tl.static_range(K - 1):
-            token = first - (K - 1 - j) * dilation
+            token = first - (K - 1 - j) * hop
             here = (token >= 0) & (token < end) & inside
-            x = widen(tl.load(x_row_ptr + token.to(tl.int64) * x_token_stride, mask=here, other=0.0))
+            x = widen(tl.load(x_row_ptr + token * x_token_stride, mask=here, other=0.0))
             if state_ptr is not None and cu_seqlens_ptr is None:
-                length = (K - 1) * dilation
-                here = (token < 0) & (walk < walks) & inside
-                x += _before(state_ptr, row, length + token, length, c, features, here)
+                length = (K - 1) * hop
+                x += _before(state_ptr, row, length + token, length, c, features, (walk < walks) & inside)
             inputs = inputs + (x,)
             gradients = gradients + (nothing,)
 
         token = first
+        here = (token < end) & inside
+        next_x = tl.load(x_row_ptr + token * x_token_stride, mask=here, other=0.0)
+        next_dy = tl.load(dy_row_ptr + token * dy_token_stride, mask=here, other=0.0)
         for _ in range(0, steps + K - 1):
-            here = (token < end) & inside
-            x = widen(tl.load(x_row_ptr + token.to(tl.int64) * x_token_stride, mask=here, other=0.0))
-            dy = widen(tl.load(dy_row_ptr + token.to(tl.int64) * dy_token_stride, mask=here, other=0.0))
+            # The next step's loads are under way while this one computes.
+            x = widen(next_x)
+            dy = widen(next_dy)
+            coming = token + hop
+            here = (coming < end) & inside
+            next_x = tl.load(x_row_ptr + coming * x_token_stride, mask=here, other=0.0)
+            next_dy = tl.load(dy_row_ptr + coming * dy_token_stride, mask=here, other=0.0)
+
             taps = inputs + (x,)
             inputs = taps[1:]
             if cu_seqlens_ptr is not None:
@@ -179,11 +191,12 @@ def _backward_kernel(
                 start, document = _document_of(t, row, tokens, cu_seqlens_ptr, documents, halvings)
                 own = ()
                 for j in tl.static_range(K):
-                    back = t - (K - 1 - j) * dilation
+                    back = t - (K - 1 - j) * hop
                     tap = tl.where(back >= start, taps[j], 0.0)
                     if state_ptr is not None:
-                        length = (K - 1) * dilation
-                        tap += _before(state_ptr, document, length + back - start, length, c, features, here & (back < start))
+                        length = (K - 1) * hop
+                        here = (token < end) & inside
+                        tap += _before(state_ptr, document, length + back - start, length, c, features, here)
                     own = own + (tap,)
                 taps = own
             convolved = bias
@@ -193,8 +206,8 @@ def _backward_kernel(
             e, g = envelope(convolved, damping, MODE)
             turns = turns_of(convolved, high, low)
             p = dy * e
-            ps = p * sine_of_turns(turns)
-            pc = p * cosine_of_turns(turns)
+            ps = p * sine_of_turns(turns, dtype)
+            pc = p * cosine_of_turns(turns, dtype)
             dc = frequency * pc
             # At 0 the slope of |c| counts as 0, as in torch; nothing needs to be done for it, because ps is 0 there.
             if MODE == "abs":
@@ -219,25 +232,22 @@ def _backward_kernel(
             for j in tl.static_range(K):
                 share = weights[j] * dc
                 if cu_seqlens_ptr is not None:
-                    share = tl.where(row * tokens + token - (K - 1 - j) * dilation >= start, share, 0.0)
+                    share = tl.where(row * tokens + token - (K - 1 - j) * hop >= start, share, 0.0)
                 added = added + (gradients[j] + share,)
             gradients = added[1:]
-            finished = token - (K - 1) * dilation
+            finished = token - (K - 1) * hop
             dx_here = (finished >= first) & (finished < last) & inside
-            dx = narrow(added[0], dx_ptr.dtype.element_ty)
-            tl.store(dx_row_ptr + finished.to(tl.int64) * features, dx, mask=dx_here)
-            token += dilation
+            tl.store(dx_row_ptr + finished * features, narrow(added[0], dtype), mask=dx_here)
+            token = coming
 
         walk += (tl.num_programs(0).to(tl.int64) * LANES).to(tl.int32)
 
     c = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     partial = partial_ptr + program * (4 + K) * features + c
-    tl.store(partial, tl.sum(sum_amplitude, 0), mask=c < features)
-    tl.store(partial + features, tl.sum(sum_frequency, 0), mask=c < features)
-    tl.store(partial + 2 * features, tl.sum(sum_damping, 0), mask=c < features)
-    tl.store(partial + 3 * features, tl.sum(sum_bias, 0), mask=c < features)
-    for j in tl.static_range(K):
-        tl.store(partial + (4 + j) * features, tl.sum(sum_weights[j], 0), mask=c < features)
+    sums = (sum_amplitude, sum_frequency, sum_damping, sum_bias) + sum_weights
+    for j in tl.static_range(4 + K):
+        tl.store(partial, tl.sum(sums[j], 0), mask=c < features)
+        partial += features
 
 
 def forward_tile(features: int) -> tuple[int, int]:
@@ -247,9 +257,9 @@ def forward_tile(features: int) -> tuple[int, int]:
 
 
 def backward_tile(features: int) -> tuple[int, int]:
-    """(LANES, BLOCK_F): 512 elements a program, 4 a thread, for each of which backward carries about 3 * K + 10 numbers."""
-    block_f = min(triton.next_power_of_2(features), 128)
-    return 512 // block_f, block_f
+    """(LANES, BLOCK_F): 256 elements a program, 2 a thread, because backward keeps 5 * K + 20 numbers for each."""
+    block_f = min(triton.next_power_of_2(features), 64)
+    return 256 // block_f, block_f
 
 
 def _sequences(t: Tensor) -> Tensor:
@@ -274,9 +284,9 @@ def _forward(
     x = _sequences(x)
     rows, tokens, features = x.shape
     block_t, block_f = forward_tile(features)
-    # 2^20 elements make 1024 programs, which fill any GPU; of larger calls the programs are longer and read their parameters once.
-    tiles = min(max(x.numel() >> 20, 1), 8)
-    _forward_kernel[(triton.cdiv(rows * tokens, block_t * tiles), triton.cdiv(features, block_f))](
+    columns = triton.cdiv(features, block_f)
+    tiles = min(max(triton.cdiv(rows * tokens, block_t) * columns // FORWARD_PROGRAMS, 1), 8)
+    _forward_kernel[(triton.cdiv(rows * tokens, block_t * tiles), columns)](
         x, weight.contiguous(), None if bias is None else bias.contiguous(),
         amplitude.contiguous(), frequency.contiguous(), damping.contiguous(),
         None if cu_seqlens is None else cu_seqlens.contiguous(), None if state is None else state.contiguous(), y,
@@ -384,6 +394,7 @@ def configurations() -> list[Configuration]:
         ("bf16", 4, "abs", absent),
         ("fp32", 4, "abs", absent),
         ("bf16", 3, "relu", absent | {"bias_ptr": None}),
+        ("bf16", MAX_KERNEL_SIZE, "abs", {}),
         ("bf16", 4, "none", {"state_ptr": None}),
         ("bf16", 4, "abs", {}),
         ("fp32", 1, "abs", {"cu_seqlens_ptr": None}),
