@@ -318,7 +318,11 @@ class psannLM:
             weights = load_file(files["model.safetensors"])
             model = cls(config=_saved_config(described["model"], weights, backend, device))
             with torch.random.fork_rng(devices=[]):  # building draws initial weights, which must not move the caller's random state
-                model.module.load_state_dict(weights)
+                module = model.module
+            dtypes = {tensor.dtype for tensor in weights.values()}
+            if len(dtypes) == 1:  # module.bfloat16() or .double() before save; a mixture runs in float32
+                module.to(*dtypes)
+            module.load_state_dict(weights)
             if described["tokenizer"]:
                 model.tokenizer = tokenizer_from_files({name: files[name].read_bytes() for name in described["tokenizer"]})
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
