@@ -13,6 +13,7 @@ import torch
 from psann_fast import psannLM
 from psann_fast.train import checkpoint
 from psann_fast.train.checkpoint import CheckpointError
+from safetensors.torch import save_file
 from tiny import data, fitted, model, tokens
 
 
@@ -76,6 +77,17 @@ def test_every_kind_of_model_survives(tmp_path, options):
     with torch.no_grad():
         assert torch.equal(loaded.module(tokens(1, 9)), lm.module(tokens(1, 9)))
     assert (loaded.module.lm_head.weight is loaded.module.embed.weight) == lm.config.tie_embeddings
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_models_dtype_survives(tmp_path, dtype):
+    lm = model()
+    lm.module.to(dtype)
+    lm.save(tmp_path)
+    loaded = psannLM.load(tmp_path, device="cpu")
+    assert {p.dtype for p in loaded.module.parameters()} == {dtype}
+    with torch.no_grad():
+        assert torch.equal(loaded.module(tokens(1, 9)), lm.module(tokens(1, 9)))
 
 
 def test_only_the_newest_generation_stays(tmp_path):
@@ -262,6 +274,14 @@ def test_a_configuration_that_does_not_fit_the_weights(saved, tmp_path, change, 
     folder = copy_of(saved, tmp_path)
     rewrite_config(folder, change)
     refused(folder, *words, "load another checkpoint")
+
+
+def test_weights_of_whole_numbers(saved, tmp_path):
+    folder = copy_of(saved, tmp_path)
+    weights = {name: tensor.to(torch.int64) for name, tensor in saved[1].module.state_dict().items()}
+    parts = {name: lambda path, content=path.read_bytes(): path.write_bytes(content) for name, path in checkpoint.read(folder).items()}
+    checkpoint.write(folder, parts | {"model.safetensors": lambda path: save_file(weights, path)})
+    refused(folder, "does not hold a usable model", "load another checkpoint")
 
 
 def test_weights_that_are_no_safetensors(saved, tmp_path):
