@@ -25,10 +25,14 @@ attach(
     __name__,
     "triton",
     "triton",
-    {"damped_sine_triton": _damped_sine.OP, "rms_norm_triton": _rms_norm.OP, "rope_attention_triton": _rope_attention.OP, "wave_conv_triton": _wave_conv.OP},
+    {
+        "damped_sine_triton": (_damped_sine.OP,),
+        "paged_attention_triton": (_paged_attention.APPEND, _paged_attention.ATTENTION),
+        "rms_norm_triton": (_rms_norm.OP,),
+        "rope_attention_triton": (_rope_attention.OP,),
+        "wave_conv_triton": (_wave_conv.OP,),
+    },
 )
-for _op in (_paged_attention.APPEND, _paged_attention.ATTENTION):
-    attach(__name__, "triton", "triton", {"paged_attention_triton": _op})
 attach_native(
     {
         "damped_sine_native": _damped_sine.OP,
@@ -40,4 +44,27 @@ attach_native(
     }
 )
 
-__all__ = ["BACKENDS", "OPS", "BackendError", "DampedSine", "DampedSineMLP", "PagedKVCache", "PagedStep", "RMSNorm", "RotaryAttention", "WaveConv", "damped_sine", "explain", "layers", "linear", "paged_append", "paged_attention", "rms_norm", "rope_attention", "rotary_tables", "rotate", "wave_conv", "wave_state"]
+__all__ = [
+    "BACKENDS",
+    "BackendError",
+    "DampedSine",
+    "DampedSineMLP",
+    "OPS",
+    "PagedKVCache",
+    "PagedStep",
+    "RMSNorm",
+    "RotaryAttention",
+    "WaveConv",
+    "damped_sine",
+    "explain",
+    "layers",
+    "linear",
+    "paged_append",
+    "paged_attention",
+    "rms_norm",
+    "rope_attention",
+    "rotary_tables",
+    "rotate",
+    "wave_conv",
+    "wave_state",
+]

@@ -151,10 +151,10 @@ def _chosen(op: Op, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     raise AssertionError(f"{op.name} has no specification")
 
 
-def attach(package: str, backend: str, requires: str, modules: dict[str, Op]) -> None:
-    """Import a backend's modules, which register themselves, or record for each op why they are missing."""
+def attach(package: str, backend: str, requires: str, modules: dict[str, tuple[Op, ...]]) -> None:
+    """Import a backend's modules, which register themselves, or record for each op of each module why they are missing."""
     if importlib.util.find_spec(requires) is None:
-        for op in modules.values():
+        for op in (op for ops in modules.values() for op in ops):
             op.unavailable[backend] = f"{requires} is not installed; pip install {requires}"
         return
     for name in modules:
