@@ -358,7 +358,7 @@ def configurations() -> list[Configuration]:
     """What dispatch can choose. Block size, group and head_dim are the model's: those at which tiles change, and awkward ones."""
     found = []
     for dtype, head_dim, rotary, block_size, group, has_alibi in (
-        ("bf16", 64, "pairs", 16, 1, False), ("bf16", 64, "none", 16, 1, True), ("bf16", 128, "pairs", 16, 8, False),
+        ("bf16", 64, "pairs", 16, 1, False), ("bf16", 128, "pairs", 16, 8, False),
         ("bf16", 256, "halves", 64, 1, False), ("bf16", 40, "halves", 1, 3, True), ("fp16", 33, "none", 48, 71, True),
         ("fp32", 64, "pairs", 16, 1, False), ("fp32", 128, "halves", 16, 4, True), ("fp32", 256, "pairs", 16, 2, False),
     ):  # fmt: skip

@@ -302,7 +302,7 @@ def configurations() -> list[Configuration]:
         for kernel, optional in ((_forward_kernel, "residual_ptr"), (_backward_kernel, "dh_ptr")):
             constants = dict(BLOCK_R=block_r, BLOCK_F=block_f)
             found.append(_configuration(kernel, dtype, features, constants, num_warps))
-            if features == 1024:
+            if features == 1024 and dtype == "bf16":
                 found.append(_configuration(kernel, dtype, features, constants | {optional: None}, num_warps))
     for kernel in (_forward_wide_kernel, _slopes_kernel, _backward_wide_kernel):
         found.append(_configuration(kernel, "bf16", 2 * MAX_TILE, dict(BLOCK_F=WIDE_TILE), 4))

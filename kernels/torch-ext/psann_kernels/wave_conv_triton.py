@@ -395,9 +395,6 @@ def configurations() -> list[Configuration]:
         ("fp32", 4, "abs", absent),
         ("bf16", 3, "relu", absent | {"bias_ptr": None}),
         ("bf16", MAX_KERNEL_SIZE, "abs", {}),
-        ("bf16", 4, "none", {"state_ptr": None}),
-        ("bf16", 4, "abs", {}),
-        ("fp32", 1, "abs", {"cu_seqlens_ptr": None}),
     ]
     found = []
     for dtype, kernel_size, mode, missing in calls:
