@@ -130,13 +130,14 @@ def dk_dv_kernel(
     last_n = tl.minimum(first_n + BLOCK_N, keys) - 1
     shift = keys - queries
     low = tl.maximum(first_n - shift, 0)
-    full_low = low + tl.cdiv(tl.maximum(last_n - shift - low, 0), BLOCK_M) * BLOCK_M
+    # Rounded to tiles in 64 bits, as everything that becomes an address.
+    full_low = low + (tl.cdiv(tl.maximum(last_n - shift - low, 0), BLOCK_M).to(tl.int64) * BLOCK_M).to(tl.int32)
     until = _past_last_query(n, n < keys, b, queries, keys, end_ptr, window, HAS_DOCUMENTS, HAS_WINDOW)
     high = _past_last_query(last_n, last_n < keys, b, queries, keys, end_ptr, window, HAS_DOCUMENTS, HAS_WINDOW)
     full_high = tl.maximum(full_low, high)
     if HAS_DOCUMENTS or HAS_WINDOW:
         seen_by_all = _past_last_query(first_n, first_n < keys, b, queries, keys, end_ptr, window, HAS_DOCUMENTS, HAS_WINDOW)
-        full_high = full_low + tl.maximum(seen_by_all - full_low, 0) // BLOCK_M * BLOCK_M
+        full_high = full_low + ((tl.maximum(seen_by_all - full_low, 0) // BLOCK_M).to(tl.int64) * BLOCK_M).to(tl.int32)
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
