@@ -59,7 +59,8 @@ def make_case(
 
     needed = [-(-length // block_size) for length in lengths]
     num_blocks = sum(needed) + 3
-    shuffled = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(numbering)).int()
+    # Nobody owns block 0: it is where a kernel that masks a table entry and then reads on would look.
+    shuffled = 1 + torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(numbering)).int()
     k_cache = torch.full((num_blocks, block_size, num_kv_heads, head_dim), junk, dtype=torch.float64).to(dtype)
     v_cache = k_cache.clone()
     block_table = torch.full((len(lengths), max(needed, default=0) + spare_columns), OUTSIDE, dtype=torch.int32)

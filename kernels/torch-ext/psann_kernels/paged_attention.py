@@ -30,7 +30,8 @@ def paged_append(
     k_cache       (num_blocks, block_size, Hkv, D)  k's dtype, v_cache alike; only the slots named below change
     slot_mapping  (T,) int64                        block * block_size + offset of each token; -1: skip this token
     positions     (T,) int32 or int64               each token's position in its sequence; needed with cos and sin
-    cos, sin      (max_position, D / 2) float32     given: k arrives unrotated and is rotated at `positions`
+    cos, sin      (max_position, D / 2) float32     given: k arrives unrotated and is rotated at `positions`; float64 beside a
+                                                    float64 k
     interleaved                                     True turns adjacent pairs of k, False turns its halves
     backend                                         "auto", "triton", "native" or "torch"
 
@@ -50,7 +51,7 @@ def reference_append(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, *, positions: Tensor | None = None,
     cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = True,
 ) -> None:  # fmt: skip
-    if len(slot_mapping) == 0:
+    if len(slot_mapping) == 0 or k_cache.numel() == 0:
         return
     kept = slot_mapping >= 0
     if cos is not None:
@@ -58,11 +59,12 @@ def reference_append(
     # A skipped token writes what the first kept one writes, in the same place; if none is kept, slot 0 gets its own content.
     # Dropping the skipped tokens would need their number, which a GPU or a trace does not know.
     first_kept = kept.to(torch.int8).argmax(0, keepdim=True)
+    is_any_kept = kept[first_kept].view(1, 1, 1)
     source = torch.where(kept, torch.arange(len(kept), device=k.device), first_kept)
     slot = slot_mapping[source].clamp(min=0)
     block, offset = slot // k_cache.shape[1], slot % k_cache.shape[1]
     for cache, x in ((k_cache, k), (v_cache, v)):
-        cache[block, offset] = torch.where(kept[first_kept].view(1, 1, 1), x[source], cache[0, 0])
+        cache[block, offset] = torch.where(is_any_kept, x[source], cache[0, 0])
 
 
 def paged_attention(
@@ -78,11 +80,12 @@ def paged_attention(
     block_table   (B, max_blocks) int32             token t of sequence b lives in block block_table[b, t // block_size]
     seq_lens      (B,) int32                        tokens attended to, the new ones included
     cu_seqlens_q  (B + 1,) int32                    sequence b owns rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] of q
-    cos, sin      (max_position, D / 2) float32     given: q arrives unrotated and is rotated here
+    cos, sin      (max_position, D / 2) float32     given: q arrives unrotated and is rotated here; float64 beside a float64 q
     interleaved                                     True turns adjacent pairs of q, False turns its halves
     softmax_scale                                   default D ** -0.5
     window                                          tokens that a query sees at most, itself included; None: all of them
-    alibi_slopes  (H,) float32                      given: slope * distance in tokens is taken off each score
+    alibi_slopes  (H,) float32                      given: slope * distance in tokens is taken off each score; float64 beside a
+                                                    float64 q
     backend                                         "auto", "triton", "native" or "torch"
 
     New token i of n sits at position seq_lens - n + i and sees keys up to itself.  Decoding, speculative steps and chunked
@@ -237,9 +240,7 @@ def _check_cache(op: str, like: str, x: Tensor, k_cache: Tensor, v_cache: Tensor
         raise ValueError(f"{op}: {like} or a cache requires grad, and this op is not differentiable; call it under torch.no_grad()")
 
 
-def _check_index(
-    op: str, name: str, t: Tensor, shape: tuple[int, ...], device: torch.device, *dtypes: torch.dtype
-) -> None:
+def _check_small(op: str, name: str, t: Tensor, shape: tuple[int, ...], device: torch.device, *dtypes: torch.dtype) -> None:
     if t.shape != shape or t.dtype not in dtypes or t.device != device:
         wanted = " or ".join(map(str, dtypes))
         raise ValueError(f"{op}: {name} is {t.dtype} {tuple(t.shape)} on {t.device}; it must be {wanted} {shape} on {device}")
@@ -259,8 +260,11 @@ def _check_rotary(op: str, like: str, x: Tensor, cos: Tensor | None, sin: Tensor
             raise ValueError(
                 f"{op}: {name} has shape {tuple(table.shape)}; it must be (max_position, {head_dim // 2}), cos and sin alike"
             )
-        if table.dtype not in (torch.float32, torch.promote_types(x.dtype, torch.float32)) or table.device != x.device:
-            raise ValueError(f"{op}: {name} is {table.dtype} on {table.device}; rotary tables are torch.float32 on {x.device}")
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if table.dtype != wide or table.device != x.device:
+            raise ValueError(
+                f"{op}: {name} is {table.dtype} on {table.device}; beside a {like} of {x.dtype} it must be {wide} on {x.device}"
+            )
 
 
 def _check_append(
@@ -278,10 +282,10 @@ def _check_append(
     if k.shape[1] != k_cache.shape[2]:
         raise ValueError(f"{op}: k has {k.shape[1]} heads and the caches {k_cache.shape[2]}; they must be equal")
     tokens = (k.shape[0],)
-    _check_index(op, "slot_mapping", slot_mapping, tokens, k.device, torch.int64)
+    _check_small(op, "slot_mapping", slot_mapping, tokens, k.device, torch.int64)
     _check_rotary(op, "k", k, cos, sin)
     if positions is not None:
-        _check_index(op, "positions", positions, tokens, k.device, torch.int32, torch.int64)
+        _check_small(op, "positions", positions, tokens, k.device, torch.int32, torch.int64)
     elif cos is not None:
         raise ValueError(f"{op}: cos and sin are given without positions; pass each token's position, int64 {tokens}")
     if k.shape[0] == 0 or not are_values_known(slot_mapping):
@@ -322,21 +326,15 @@ def _check_attention(
     if block_table.dim() != 2:
         raise ValueError(f"{op}: block_table has shape {tuple(block_table.shape)}; it must be (B, max_blocks) int32")
     sequences = block_table.shape[0]
-    _check_index(op, "block_table", block_table, tuple(block_table.shape), q.device, torch.int32)
-    _check_index(op, "seq_lens", seq_lens, (sequences,), q.device, torch.int32)
-    _check_index(op, "cu_seqlens_q", cu_seqlens_q, (sequences + 1,), q.device, torch.int32)
+    _check_small(op, "block_table", block_table, tuple(block_table.shape), q.device, torch.int32)
+    _check_small(op, "seq_lens", seq_lens, (sequences,), q.device, torch.int32)
+    _check_small(op, "cu_seqlens_q", cu_seqlens_q, (sequences + 1,), q.device, torch.int32)
     _check_rotary(op, "q", q, cos, sin)
-    if window is not None and window < 1:
-        raise ValueError(f"{op}: window is {window}; a query sees at least itself, so window is None or at least 1")
-    if alibi_slopes is not None and (
-        alibi_slopes.shape != (num_heads,)
-        or alibi_slopes.dtype not in (torch.float32, torch.promote_types(q.dtype, torch.float32))
-        or alibi_slopes.device != q.device
-    ):
-        raise ValueError(
-            f"{op}: alibi_slopes is {alibi_slopes.dtype} {tuple(alibi_slopes.shape)} on {alibi_slopes.device}; "
-            f"it must be torch.float32 ({num_heads},) on {q.device}, one slope per query head"
-        )
+    if window is not None and (isinstance(window, bool) or window < 1):
+        raise ValueError(f"{op}: window is {window!r}; a query sees at least itself, so window is None or at least 1")
+    if alibi_slopes is not None:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        _check_small(op, "alibi_slopes, one per query head,", alibi_slopes, (num_heads,), q.device, wide)
     if are_values_known(q):
         _check_attention_values(op, q, k_cache, block_table, seq_lens, cu_seqlens_q, cos)
 

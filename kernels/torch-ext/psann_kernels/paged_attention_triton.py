@@ -26,7 +26,8 @@ from .paged_attention import APPEND, ATTENTION
 from .rope_attention_tiles_triton import angles, block_d, features, load_operand, operand, turn, with_unit_stride
 from .triton_support import LOG2_E, Configuration, narrow, refuses_device, refuses_dtype, widen
 
-# A split is at least this many keys, so that its partial result (float32, written and read back) is small beside them.
+# A split is at least this many keys, so that its partial result (float32, written and read back) is small beside them. A
+# multiple of every tile's keys.
 MIN_SPLIT = 256
 # Enough programs for one sequence on a large GPU, few enough that one program merges them in registers.
 MAX_SPLITS = 32
@@ -112,7 +113,8 @@ def _attend(
         distance = position[:, None] - n[None, :]
         if slope_ptr is not None:
             s -= slope[:, None] * distance.to(tl.float32)
-        s = tl.where(known[None, :] & (distance >= 0) & (distance < window), s, float("-inf"))
+        # Keys at and past `high` need no mask of their own: they begin a tile of the next split, or no row sees them.
+        s = tl.where((distance >= 0) & (distance < window), s, float("-inf"))
 
         m_next = tl.maximum(m, tl.max(s, 1))
         # A row that has seen no key yet has maximum -inf; shifting by it would give NaN, so such rows shift by 0.
@@ -134,7 +136,7 @@ def _attend(
 
 @triton.jit
 def _split_size(span, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys in each split of a sequence that sees `span` keys: whole tiles, at most MAX_SPLITS of them."""
+    """Keys in each split of a sequence that sees `span` keys: whole tiles, and at most MAX_SPLITS splits."""
     return tl.maximum(tl.cdiv(tl.cdiv(span.to(tl.int64), MAX_SPLITS), BLOCK_N) * BLOCK_N, MIN_SPLIT)
 
 
