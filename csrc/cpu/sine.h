@@ -16,7 +16,8 @@ enum Mode { ABS = 0, RELU = 1, NONE = 2 };
 constexpr float LOG2_E = 1.44269504f;
 // Adding and subtracting it rounds |x| < 2^22 to whole numbers, whose low bits then stand in the sum's low bits.
 constexpr float ROUNDER = 0x1.8p23f;
-constexpr float TURNS_LIMIT = 0x1p21f;
+// Up to it z * low, which r takes on top of its half, stays below 1/16; beyond, r would leave what the polynomials serve.
+constexpr float TURNS_LIMIT = 0x1p16f;
 // Within it 2^x is a normal number.
 constexpr float EXPONENT_LIMIT = 125.0f;
 
