@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from .conditions import RESULTS, conditions, table, write_results
 
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-WINDOW, ROWS, STEPS, RATE, WARMUP = 64, 12, 2000, 1e-3, 100
+WINDOW, ROWS, RATE, WARMUP = 64, 12, 1e-3, 100
 SIZE = dict(n_layers=4, n_heads=4, d_model=128)
 MODELS = {
     "respsann": dict(base="respsann", d_mlp=512),
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, help="tinyshakespeare.txt, 1,115,394 bytes")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT, to run its model beside ours")
     parser.add_argument("--seeds", type=int, default=3, help="seeds for each model (default 3)")
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps (default 2000, the recipe's; fewer time the models)")
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
     parser.add_argument("--out", type=Path, default=RESULTS / "learning.jsonl")
     options = parser.parse_args()
@@ -63,8 +64,8 @@ def main() -> None:
 
     rows = []
     for seed in range(options.seeds):
-        runs = [] if options.nanogpt is None else [lambda: run_nanogpt(options.nanogpt, text, seed)]
-        for run in runs + [lambda name=name: run_ours(name, text, seed) for name in options.models]:
+        runs = [] if options.nanogpt is None else [lambda: run_nanogpt(options.nanogpt, text, seed, options.steps)]
+        for run in runs + [lambda name=name: run_ours(name, text, seed, options.steps) for name in options.models]:
             rows.append(run())
             print(rows[-1], flush=True)
     summary = summarise(rows)
@@ -80,14 +81,14 @@ def read_corpus(path: Path) -> str:
     return content.decode()
 
 
-def run_ours(name: str, text: str, seed: int) -> dict[str, Any]:
+def run_ours(name: str, text: str, seed: int, steps: int) -> dict[str, Any]:
     data = psannLMDataPrep([text], tokenizer="simple", max_length=WINDOW, val_split=0.1)
     torch.manual_seed(seed)
     model = psannLM(**SIZE, **MODELS[name])
     examples_a_epoch = len(data) // ROWS
     began = time.perf_counter()
     model.fit(
-        data, epochs=1 + STEPS // examples_a_epoch, max_steps=STEPS, batch_tokens=WINDOW * ROWS, lr=RATE, warmup_steps=WARMUP, seed=seed
+        data, epochs=1 + steps // examples_a_epoch, max_steps=steps, batch_tokens=WINDOW * ROWS, lr=RATE, warmup_steps=WARMUP, seed=seed
     )
     seconds = time.perf_counter() - began
     characters = len(data.used_ids) - 1  # the separator is not one
@@ -95,6 +96,7 @@ def run_ours(name: str, text: str, seed: int) -> dict[str, Any]:
     return {
         "model": name,
         "seed": seed,
+        "steps": steps,
         "nats_per_character": judge(model.module, torch.tensor(data.tokenizer.encode(data.val_texts[0]))),
         "seconds": seconds,
         # Embedding and head rows of ids that no training character uses (bytes, separator, padding) are left out.
@@ -102,7 +104,7 @@ def run_ours(name: str, text: str, seed: int) -> dict[str, Any]:
     }
 
 
-def run_nanogpt(checkout: Path, text: str, seed: int) -> dict[str, Any]:
+def run_nanogpt(checkout: Path, text: str, seed: int, steps: int) -> dict[str, Any]:
     spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
     theirs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(theirs)
@@ -113,10 +115,10 @@ def run_nanogpt(checkout: Path, text: str, seed: int) -> dict[str, Any]:
     model = theirs.GPT(theirs.GPTConfig(WINDOW, len(number), SIZE["n_layers"], SIZE["n_heads"], SIZE["d_model"], dropout=0.0, bias=False))
     optimizer = model.configure_optimizers(0.1, RATE, (0.9, 0.99), "cpu")
     began = time.perf_counter()
-    for step in range(STEPS):
+    for step in range(steps):
         at = torch.randint(len(train) - WINDOW, (ROWS,))
         x, y = (torch.stack([train[i + shift : i + shift + WINDOW] for i in at]) for shift in (0, 1))
-        cosine = 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP)))
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (steps - WARMUP)))
         for group in optimizer.param_groups:
             group["lr"] = RATE * (step + 1) / (WARMUP + 1) if step < WARMUP else RATE * (0.1 + 0.9 * cosine)
         loss = model(x, y)[1]
@@ -129,7 +131,7 @@ def run_nanogpt(checkout: Path, text: str, seed: int) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     model.eval()
     nats = judge(lambda windows: model(windows, windows)[0], validation)
-    return {"model": "nanoGPT", "seed": seed, "nats_per_character": nats, "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())}
+    return {"model": "nanoGPT", "seed": seed, "steps": steps, "nats_per_character": nats, "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())}
 
 
 @torch.no_grad()
@@ -152,6 +154,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         summary.append({
             "model": name,
             "seeds": len(mine),
+            "steps": mine[0]["steps"],
             "mean": statistics.mean(losses),
             "worst": max(losses),
             "seconds (median)": statistics.median(row["seconds"] for row in mine),
