@@ -55,10 +55,15 @@ TARGETS = {
 
 # (configuration, target): bytes of stack a thread that are known and accepted, and why.
 _WIDE = "float32 heads of 256: two tiles of 256 columns and their sums do not fit 255 registers; smaller tiles than 16 do not exist"
+_ROUNDED = "Triton 3.6.0 alone, since bounds are rounded to tiles in 64 bits; outside the loop over tiles"
 SPILLS: dict[tuple[str, str], tuple[int, str]] = {
     ("rope_attention dq full fp32 D=256", "sm_80"): (936, _WIDE),
     ("rope_attention dq full fp32 D=256", "sm_90"): (976, _WIDE),
     ("paged_attention split fp32 D=256 ROTARY=pairs BLOCK_SIZE=16 GROUP=2", "sm_90"): (8, _WIDE + " (Triton 3.6.0 alone)"),
+    ("rope_attention dk_dv full bf16 D=16", "sm_90"): (16, _ROUNDED),
+    ("rope_attention dk_dv full bf16 D=32", "sm_90"): (104, _ROUNDED),
+    ("rope_attention dk_dv full bf16 D=128", "sm_90"): (16, _ROUNDED),
+    ("rope_attention dk_dv plain bf16 D=128", "sm_90"): (40, _ROUNDED),
 }
 
 # Per element on sm_90, whole rows of a multiple of 16: how a name begins, and dtype -> (instructions, special function results).
