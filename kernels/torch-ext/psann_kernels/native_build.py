@@ -13,9 +13,12 @@ RECORD = "_native_build.json"
 
 
 def source_hash(csrc: Path) -> str:
-    """16 hexadecimal digits over the names and bytes of csrc's sources: equal for equal kernels, and for no others."""
+    """16 hexadecimal digits over the names and bytes of what `_native` is built from: equal for equal kernels, and for no others.
+
+    csrc/cuda is no part of it: no build contains it yet.
+    """
     digest = hashlib.sha256()
-    for path in sorted(p for p in csrc.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")):
+    for path in sorted(p for p in csrc.rglob("*") if p.suffix in (".h", ".cpp")):
         digest.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

@@ -1,0 +1,53 @@
+"""csrc/cuda compiles for every target, warnings as errors, without spills. Nothing here runs a kernel: that takes a GPU.
+
+Every day sm_90 is compiled from the memory-bound kernels' files; the campaign compiles every file for every target, with PTX.
+"""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
+TARGETS = (80, 86, 89, 90, 100, 120)
+FILES = sorted(p.stem for p in CUDA.glob("*.cu"))
+# file: bytes that its kernels may spill, with the reason beside it.
+ALLOWED_SPILLS: dict[str, int] = {}
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+
+
+def compile_for(name, targets, folder):
+    """Compile csrc/cuda/<name>.cu; {kernel and target: (registers, bytes spilled)}, as ptxas says."""
+    codes = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
+    codes.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
+    command = ["nvcc", "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", *codes, "-c", str(CUDA / f"{name}.cu"), "-o", str(folder / f"{name}.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    entries = re.findall(
+        r"Compiling entry function '(\S+)' for '(sm_\d+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", done.stderr, re.S
+    )
+    return {(kernel, target): (int(registers), int(stores) + int(loads)) for kernel, target, stores, loads, registers in entries}
+
+
+def check(name, targets, folder, record):
+    found = compile_for(name, targets, folder)
+    assert len(found) >= 3 * len(targets), f"{name}: ptxas told of {len(found)} kernels"
+    for (kernel, target), (registers, spilled) in sorted(found.items()):
+        record(f"{name} {target} {kernel}", f"{registers} registers, {spilled} bytes spilled")
+        assert spilled <= ALLOWED_SPILLS.get(name, 0), f"{name} {target} {kernel}: {spilled} bytes spilled"
+
+
+@pytest.mark.parametrize("name", ["damped_sine", "rms_norm"])
+def test_memory_bound_kernels_compile_without_spills(name, tmp_path, record_property):
+    check(name, (90,), tmp_path, record_property)
+
+
+@pytest.mark.campaign(weight=1)
+@pytest.mark.parametrize("name", FILES)
+def test_every_kernel_compiles_for_every_target(name, tmp_path, record_property, campaign):
+    for _ in campaign:
+        check(name, TARGETS, tmp_path, record_property)
+        return
