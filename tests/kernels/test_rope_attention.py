@@ -231,8 +231,8 @@ def test_packed_is_documents_alone(backend):
     for length in lengths:
         here = slice(start, start + length)
         alone = Case(length, 16, heads=(4, 2), rotary="halves", alibi=True)
-        alone.q, alone.k, alone.v, alone.do, alone.slopes = (*(t[:, here] for t in (packed.q, packed.k, packed.v, packed.do)), packed.slopes)
-        tensors = (alone.q, alone.k, alone.v, alone.do)
+        alone.slopes = packed.slopes
+        tensors = [t[:, here] for t in (packed.q, packed.k, packed.v, packed.do)]
         plain = run(alone.formula(torch.float32), *tensors)
         truth = run(alone.formula(torch.float64), *(t.double() for t in tensors))
         for budget, f, p, t in zip(budgets, fast, plain, truth):
@@ -295,7 +295,9 @@ def test_memory_layout_does_not_matter(backend):
     assert torch.equal(case.call(backend)(case.q, *shared), case.call(backend)(case.q, *apart))
 
 
-@pytest.mark.parametrize("arguments", [dict(window=23), dict(documents=[30, 0, 60, 10]), dict(documents=[70, 30], window=40), dict(keys=131)])
+@pytest.mark.parametrize(
+    "arguments", [dict(window=23), dict(documents=[30, 0, 60, 10]), dict(documents=[70, 30], window=40), dict(keys=131)], ids=str
+)
 def test_triton_walks_many_small_tiles(arguments, monkeypatch):
     # Few tokens fit the real tiles whole: here ranges before, inside and after the unmasked tiles all occur.
     serving("triton")

@@ -181,11 +181,13 @@ def check_attention(
     """Raise ValueError unless the arguments of rope_attention fit together; `op` opens the message."""
     if q.dim() not in (3, 4) or not q.is_floating_point():
         raise ValueError(
-            f"{op}: q has shape {tuple(q.shape)} and dtype {q.dtype}; it must be floating point, (B, T, H, D) or packed (total, H, D)"
+            f"{op}: q has shape {tuple(q.shape)} and dtype {q.dtype}; it must be floating point, (B, T, H, D) or packed "
+            f"(total, H, D)"
         )
     if q.dim() == 3 and cu_seqlens is None:
         raise ValueError(
-            f"{op}: q is packed, shape {tuple(q.shape)}, but cu_seqlens is None; pass the documents' offsets, or a (B, T, H, D) batch"
+            f"{op}: q is packed, shape {tuple(q.shape)}, but cu_seqlens is None; pass the documents' offsets, or a (B, T, H, D) "
+            f"batch"
         )
     *rows, tokens, heads, head_dim = q.shape
     for name, t in (("k", k), ("v", v)):
@@ -198,8 +200,8 @@ def check_attention(
             raise ValueError(f"{op}: {name} is {t.dtype} on {t.device} and q {q.dtype} on {q.device}; make them alike")
     if head_dim == 0 or k.shape[-2] == 0 or heads % k.shape[-2]:
         raise ValueError(
-            f"{op}: q has {heads} heads of {head_dim} features and k {k.shape[-2]} heads; head_dim must be at least 1 and the heads "
-            f"of q a multiple of those of k"
+            f"{op}: q has {heads} heads of {head_dim} features and k {k.shape[-2]} heads; head_dim must be at least 1 and the "
+            f"heads of q a multiple of those of k"
         )
     if softmax_scale is not None and not 0 < softmax_scale < float("inf"):
         raise ValueError(f"{op}: softmax_scale is {softmax_scale}; it must be positive and finite, or None for {head_dim} ** -0.5")
@@ -212,8 +214,8 @@ def check_attention(
     if cu_seqlens is not None:
         if k.shape[-3] != tokens:
             raise ValueError(
-                f"{op}: q has {tokens} tokens and k {k.shape[-3]}; with cu_seqlens both must hold the same tokens (without it, fewer "
-                f"queries are the newest tokens)"
+                f"{op}: q has {tokens} tokens and k {k.shape[-3]}; with cu_seqlens both must hold the same tokens (without it, "
+                f"fewer queries are the newest tokens)"
             )
         check_cu_seqlens(op, cu_seqlens, q.shape[:-2].numel(), q.device)
     if cos is not None or sin is not None:
@@ -250,8 +252,8 @@ def _check_tables(
 def _check_constant(op: str, name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, q: Tensor) -> None:
     if t.shape != shape or t.dtype != dtype or t.device != q.device:
         raise ValueError(
-            f"{op}: {name} has shape {tuple(t.shape)}, {t.dtype}, on {t.device}; beside q {tuple(q.shape)}, {q.dtype}, on {q.device} "
-            f"it must be {shape}, {dtype}, on the same device"
+            f"{op}: {name} has shape {tuple(t.shape)}, {t.dtype}, on {t.device}; beside q {tuple(q.shape)}, {q.dtype}, on "
+            f"{q.device} it must be {shape}, {dtype}, on the same device"
         )
     if t.requires_grad:
         raise ValueError(f"{op}: {name} requires a gradient, but it is a constant here; pass {name}.detach()")

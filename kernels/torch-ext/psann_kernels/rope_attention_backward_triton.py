@@ -35,6 +35,7 @@ from .rope_attention_tiles_triton import (
     skipping,
     turn,
     variant,
+    whole_tiles,
     with_unit_stride,
 )
 from .triton_support import LOG2_E, narrow, widen
@@ -130,14 +131,13 @@ def dk_dv_kernel(
     last_n = tl.minimum(first_n + BLOCK_N, keys) - 1
     shift = keys - queries
     low = tl.maximum(first_n - shift, 0)
-    # Rounded to tiles in 64 bits, as everything that becomes an address.
-    full_low = low + (tl.cdiv(tl.maximum(last_n - shift - low, 0), BLOCK_M).to(tl.int64) * BLOCK_M).to(tl.int32)
+    full_low = low + whole_tiles(last_n - shift - low + BLOCK_M - 1, BLOCK_M)
     until = _past_last_query(n, n < keys, b, queries, keys, end_ptr, window, HAS_DOCUMENTS, HAS_WINDOW)
     high = _past_last_query(last_n, last_n < keys, b, queries, keys, end_ptr, window, HAS_DOCUMENTS, HAS_WINDOW)
     full_high = tl.maximum(full_low, high)
     if HAS_DOCUMENTS or HAS_WINDOW:
         seen_by_all = _past_last_query(first_n, first_n < keys, b, queries, keys, end_ptr, window, HAS_DOCUMENTS, HAS_WINDOW)
-        full_high = full_low + ((tl.maximum(seen_by_all - full_low, 0) // BLOCK_M).to(tl.int64) * BLOCK_M).to(tl.int32)
+        full_high = full_low + whole_tiles(seen_by_all - full_low, BLOCK_M)
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -273,7 +273,7 @@ QUERY_TILES = {
     (32, True): Tile(32, 32, 8, 1),
     (64, True): Tile(32, 32, 8, 1),
     (128, True): Tile(16, 16, 8, 1),
-    (256, True): Tile(16, 16, 16, 1),
+    (256, True): Tile(16, 16, 8, 2),
 }
 
 

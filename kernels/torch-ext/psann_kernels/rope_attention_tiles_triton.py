@@ -90,6 +90,13 @@ def rotate_kernel(
 
 
 @triton.jit
+def whole_tiles(tokens, BLOCK: tl.constexpr):
+    """`tokens` rounded down to a multiple of BLOCK, 0 if negative. No product, which in 32 bits would look like an overflow."""
+    tokens = tl.maximum(tokens, 0)
+    return tokens - tokens % BLOCK
+
+
+@triton.jit
 def document_start(i, b, tokens, start_ptr, mask, HAS_DOCUMENTS: tl.constexpr):
     """Index in row b of the first token of token i's document (a block of tokens or one), int32."""
     if HAS_DOCUMENTS:
@@ -121,8 +128,8 @@ def key_range(
     last_start = document_start(last_i, b, keys, start_ptr, last_i < queries, HAS_DOCUMENTS)
     low = tl.maximum(first_key(start, position, window, HAS_WINDOW), 0)
     seen_by_all = first_key(last_start, last_position, window, HAS_WINDOW)
-    full_low = low + tl.cdiv(tl.maximum(seen_by_all - low, 0), BLOCK_N) * BLOCK_N
-    full_high = full_low + tl.maximum(position + 1 - full_low, 0) // BLOCK_N * BLOCK_N
+    full_low = low + whole_tiles(seen_by_all - low + BLOCK_N - 1, BLOCK_N)
+    full_high = full_low + whole_tiles(position + 1 - full_low, BLOCK_N)
     return low, full_low, full_high, last_position + 1
 
 

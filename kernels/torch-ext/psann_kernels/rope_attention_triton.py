@@ -136,8 +136,8 @@ def _forward_kernel(
     l = tl.where(is_empty, 1.0, l)
     o = acc / l[:, None]
     lse = tl.where(is_empty, float("inf"), m + tl.log2(l))
-    o_row = (b * queries + i) * heads + h
-    tl.store(o_ptr + o_row[:, None] * D + c_v[None, :], narrow(o, o_ptr.dtype.element_ty), mask=(i < queries)[:, None] & inside_v[None, :])
+    out = ((b * queries + i) * heads + h)[:, None] * D + c_v[None, :]
+    tl.store(o_ptr + out, narrow(o, o_ptr.dtype.element_ty), mask=(i < queries)[:, None] & inside_v[None, :])
     tl.store(lse_ptr + row * queries + i, lse, mask=i < queries)
 
 
@@ -219,7 +219,8 @@ def configurations() -> list[Configuration]:
     full = dict(ROTARY="halves", HAS_DOCUMENTS=True, HAS_WINDOW=True, HAS_ALIBI=True)
     plain = dict(ROTARY="pairs", HAS_DOCUMENTS=False, HAS_WINDOW=False, HAS_ALIBI=False)
     found = []
-    for kernel, tiles in ((_forward_kernel, TILES), (backward.dk_dv_kernel, backward.KEY_TILES), (backward.dq_kernel, backward.QUERY_TILES)):
+    tables = (_forward_kernel, TILES), (backward.dk_dv_kernel, backward.KEY_TILES), (backward.dq_kernel, backward.QUERY_TILES)
+    for kernel, tiles in tables:
         for (width, is_float32), tile in tiles.items():
             dtype = "fp32" if is_float32 else "bf16"
             found.append(configuration(kernel, "full", dtype, width, tile, full))
