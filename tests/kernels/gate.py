@@ -34,7 +34,7 @@ from typing import Any, Iterator
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "kernels" / "torch-ext" / "psann_kernels"
 MOST_CONFIGURATIONS = 100
-SECONDS_PER_COMPILE = 300
+SECONDS_PER_COMPILE = 900  # a guard against hanging, generous because machines are shared
 
 
 @dataclass(frozen=True)

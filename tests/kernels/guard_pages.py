@@ -1,6 +1,9 @@
 """Runs kernels on tensors that end where readable memory ends: an access past them is a SIGSEGV instead of a number.
 
-    python tests/kernels/guard_pages.py triton     reads lines "OP SEED", answers "done OP SEED" after each
+    python tests/kernels/guard_pages.py triton     reads lines "OP SEED near|far", answers "done ..." after each
+
+In "far" cases the last entry along a tensor's first axis starts past element 2^31, in memory that is mapped and hardly ever
+touched: an offset that overflows 32 bits points outside.
 
 Meant to run as a process of its own (test_guard_pages.py does), because a fault ends it. Inputs, outputs and scratch memory are
 guarded alike; each tensor lies against the page after it or the page before it, and has no element to spare between its strides.
@@ -25,6 +28,7 @@ import psann_kernels
 import torch
 from torch import Tensor
 
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python 3.10 does not name it
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -35,8 +39,8 @@ _LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 class Guard:
     """Hands out tensors between unreadable pages. Used as a context: they must not be touched after it."""
 
-    def __init__(self, random: Random) -> None:
-        self.random = random
+    def __init__(self, random: Random, is_far: bool) -> None:
+        self.random, self.is_far = random, is_far
         self.regions: list[tuple[int, int]] = []
 
     def __enter__(self) -> "Guard":
@@ -46,14 +50,19 @@ class Guard:
         for address, size in self.regions:
             _LIBC.munmap(address, size)
 
-    def place(self, t: Tensor) -> Tensor:
-        """A copy of t, in the same strides, whose last element is the last of its page, or the first the first, by chance."""
+    def place(self, t: Tensor, first_stride: int | None = None) -> Tensor:
+        """A copy of t, in the same strides, whose last element is the last of its page, or the first the first, by chance.
+
+        first_stride   elements from one entry of the first axis to the next, if not as in t
+        """
         if t.numel() == 0:
             return t
-        span = (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))) * t.element_size()
+        strides = t.stride() if first_stride is None else (first_stride, *t.stride()[1:])
+        span = (1 + sum((size - 1) * stride for size, stride in zip(t.shape, strides))) * t.element_size()
         inner = math.ceil(span / mmap.PAGESIZE) * mmap.PAGESIZE
         whole = inner + 2 * mmap.PAGESIZE
-        address = _LIBC.mmap(None, whole, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        address = _LIBC.mmap(None, whole, mmap.PROT_READ | mmap.PROT_WRITE, kind, -1, 0)
         if address in (None, ctypes.c_void_p(-1).value):
             raise OSError(ctypes.get_errno(), f"mmap of {whole} bytes failed")
         self.regions.append((address, whole))
@@ -62,7 +71,7 @@ class Guard:
                 raise OSError(ctypes.get_errno(), "mprotect failed")
         start = address + mmap.PAGESIZE + (inner - span if self.random.random() < 0.7 else 0)
         flat = torch.frombuffer((ctypes.c_char * span).from_address(start), dtype=t.dtype)
-        placed = flat.as_strided(t.shape, t.stride())
+        placed = flat.as_strided(t.shape, strides)
         placed.copy_(t)
         return placed
 
@@ -87,6 +96,8 @@ def tensor(random: Random, guard: Guard, *shape: int, dtype: torch.dtype = torch
     """Random values; the last axis without gaps, rows sometimes further apart than they are long."""
     generator = torch.Generator().manual_seed(random.randrange(2**31))
     t = torch.randn(*shape, generator=generator)
+    if guard.is_far and len(shape) > 1 and shape[0] > 1:
+        return guard.place(t.to(dtype), 2**31 // (shape[0] - 1) + 1)
     if random.random() < 0.3 and len(shape) > 1:
         t = torch.cat((t, t[..., : random.choice((1, 3))]), -1)[..., : shape[-1]]
     return guard.place(t.to(dtype))
@@ -220,6 +231,20 @@ def paged_attention(random: Random, guard: Guard, backend: str) -> None:
         )  # fmt: skip
 
 
+def multiplies_in_32_bits(random: Random, guard: Guard, backend: str) -> None:
+    """A kernel whose row offset is a 32-bit product: what the far cases are for."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def copy(x_ptr, y_ptr, stride, BLOCK: tl.constexpr):
+        row, c = tl.program_id(0), tl.arange(0, BLOCK)
+        tl.store(y_ptr + row * BLOCK + c, tl.load(x_ptr + row * stride + c))
+
+    x = tensor(random, guard, 3, 16)
+    copy[(3,)](x, torch.empty(3, 16), x.stride(0), BLOCK=16)
+
+
 def reads_too_far(random: Random, guard: Guard, backend: str) -> None:
     """A kernel whose mask lets one element too many through: what the guard is for."""
     import triton
@@ -236,19 +261,20 @@ def reads_too_far(random: Random, guard: Guard, backend: str) -> None:
 
 
 CASES: dict[str, Case] = {
-    case.__name__: case for case in (damped_sine, rms_norm, wave_conv, rope_attention, paged_attention, reads_too_far)
+    case.__name__: case for case in (damped_sine, rms_norm, wave_conv, rope_attention, paged_attention)
 }
+FAULTS: dict[str, Case] = {case.__name__: case for case in (reads_too_far, multiplies_in_32_bits)}
 
 
 def main() -> None:
     torch.set_num_threads(1)
     backend = sys.argv[1]
     for line in sys.stdin:
-        name, seed = line.split()
+        name, seed, distance = line.split()
         random = Random(int(seed))
-        with Guard(random) as guard:
-            CASES[name](random, guard, backend)
-        print(f"done {name} {seed}", flush=True)
+        with Guard(random, distance == "far") as guard:
+            (CASES | FAULTS)[name](random, guard, backend)
+        print(f"done {line}", end="", flush=True)
 
 
 if __name__ == "__main__":
