@@ -20,8 +20,10 @@ from torch import Tensor
 from .library import define
 from .rope_attention_tiles_triton import (
     Tile,
+    Tiles,
     angles,
     block_d,
+    chosen,
     distance,
     document_start,
     features,
@@ -251,7 +253,7 @@ def dq_kernel(
 
 
 # Chosen like the forward's TILES.
-KEY_TILES = {
+KEY_TILES: Tiles = {
     (16, False): Tile(64, 128, 8, 2),
     (32, False): Tile(64, 128, 8, 2),
     (64, False): Tile(32, 128, 8, 2),
@@ -263,7 +265,13 @@ KEY_TILES = {
     (128, True): Tile(16, 16, 8, 1),
     (256, True): Tile(16, 16, 8, 1),
 }
-QUERY_TILES = {
+WARP_KEY_TILES: Tiles = {
+    (16, False): Tile(32, 128, 8, 2),
+    (32, False): Tile(64, 128, 8, 1),
+    (64, False): Tile(32, 128, 8, 1),
+    (128, False): Tile(16, 64, 8, 2),
+}
+QUERY_TILES: Tiles = {
     (16, False): Tile(128, 64, 4, 2),
     (32, False): Tile(128, 64, 8, 2),
     (64, False): Tile(128, 64, 8, 2),
@@ -307,12 +315,12 @@ def _backward(
     constants = variant(head_dim, cos, interleaved, start, width, alibi_slopes)
     sizes = (heads // kv_heads, 0 if cos is None else cos.shape[0], width)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
-    tile = KEY_TILES[block_d(head_dim), q.dtype == torch.float32]
+    tile = chosen(KEY_TILES, WARP_KEY_TILES, q)
     dk_dv_kernel[(triton.cdiv(keys, tile.keys) * batch * kv_heads,)](
         q, k, v, do, lse, delta, cos, sin, start, end, alibi_slopes, dk, dv, softmax_scale,
         queries, keys, batch * kv_heads, kv_heads, *sizes, *strides, **constants, **tile.options(),
     )  # fmt: skip
-    tile = QUERY_TILES[block_d(head_dim), q.dtype == torch.float32]
+    tile = chosen(QUERY_TILES, {}, q)
     dq_kernel[(triton.cdiv(queries, tile.queries) * batch * heads,)](
         q, k, v, do, lse, delta, cos, sin, start, alibi_slopes, dq, softmax_scale,
         queries, keys, batch * heads, heads, *sizes, *strides, **constants, **tile.options(),

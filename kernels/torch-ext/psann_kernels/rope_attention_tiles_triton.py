@@ -159,6 +159,17 @@ class Tile(NamedTuple):
         return dict(BLOCK_M=self.queries, BLOCK_N=self.keys, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
+Tiles = dict[tuple[int, bool], Tile]  # by BLOCK_D and whether the tensors are float32
+
+
+def chosen(tiles: Tiles, warp_tiles: Tiles, t: Tensor) -> Tile:
+    """The tile for tensors like t on its device. `warp_tiles` holds rows that differ where warps multiply matrices one by one."""
+    row = block_d(t.shape[-1]), t.dtype == torch.float32
+    # On sm_90 and sm_100 groups of four warps do, from shared memory; elsewhere operands take registers, so tiles are smaller.
+    is_by_warp = t.device.type == "cuda" and torch.cuda.get_device_capability(t.device)[0] not in (9, 10)
+    return warp_tiles.get(row, tiles[row]) if is_by_warp else tiles[row]
+
+
 def block_d(head_dim: int) -> int:
     """Columns of a tile: tl.dot needs 16 at least."""
     return max(16, triton.next_power_of_2(head_dim))
@@ -205,7 +216,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor | None, shift: in
 
 
 def configuration(
-    kernel: Any, name: str, dtype: str, head_dim: int, tile: Tile | None, constants: dict[str, Any]
+    kernel: Any, name: str, dtype: str, head_dim: int, tile: Tile | None, constants: dict[str, Any],
+    targets: tuple[str, ...] | None = None,
 ) -> Configuration:  # fmt: skip
     """The form of `kernel` that its launcher compiles for contiguous tensors of `dtype` ("bf16", "fp16" or "fp32")."""
     constants = constants | dict(D=head_dim, BLOCK_D=block_d(head_dim))
@@ -230,4 +242,4 @@ def configuration(
             signature[argument] = types.get(argument, other)
     warps_and_stages = {} if tile is None else dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
     name = f"rope_attention {kernel.__name__.strip('_').removesuffix('_kernel')} {name} {dtype} D={head_dim}"
-    return Configuration(kernel, signature, constants, name=name, **warps_and_stages)
+    return Configuration(kernel, signature, constants, name=name, targets=targets, **warps_and_stages)

@@ -22,8 +22,9 @@ from .library import define
 from .rope_attention import OP
 from .rope_attention_tiles_triton import (
     Tile,
+    Tiles,
     angles,
-    block_d,
+    chosen,
     configuration,
     distance,
     document_start,
@@ -141,20 +142,21 @@ def _forward_kernel(
     tl.store(lse_ptr + row * queries + i, lse, mask=i < queries)
 
 
-# By BLOCK_D and whether the tensors are float32. Chosen by compiling: no spilled registers on sm_80 and sm_90, and at most 99 KB
-# of shared memory, which is what the small GPUs of each generation have.
-TILES = {
+# Chosen by compiling: no spilled registers on sm_80 and sm_90, and at most 99 KB of shared memory, which is what the small GPUs of
+# each generation have.
+TILES: Tiles = {
     (16, False): Tile(128, 64, 4, 3),
     (32, False): Tile(128, 64, 4, 3),
     (64, False): Tile(128, 64, 8, 3),
-    (128, False): Tile(128, 32, 8, 2),
+    (128, False): Tile(128, 64, 8, 2),
     (256, False): Tile(64, 32, 8, 2),
     (16, True): Tile(64, 32, 8, 1),
     (32, True): Tile(64, 32, 8, 1),
     (64, True): Tile(32, 32, 8, 1),
     (128, True): Tile(32, 32, 8, 1),
-    (256, True): Tile(16, 16, 8, 1),
+    (256, True): Tile(16, 16, 8, 2),
 }
+WARP_TILES: Tiles = {(128, False): Tile(128, 32, 8, 2)}
 
 
 def _forward(
@@ -171,7 +173,7 @@ def _forward(
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     if q.numel() == 0:
         return o, lse, turned_k
-    tile = TILES[block_d(head_dim), q.dtype == torch.float32]
+    tile = chosen(TILES, WARP_TILES, q)
     _forward_kernel[(triton.cdiv(queries, tile.queries) * batch * heads,)](
         q, k, v, cos, sin, start, alibi_slopes, o, lse, softmax_scale,
         queries, keys, batch * heads, heads, heads // kv_heads, 0 if cos is None else cos.shape[0], width,
@@ -219,13 +221,20 @@ def configurations() -> list[Configuration]:
     full = dict(ROTARY="halves", HAS_DOCUMENTS=True, HAS_WINDOW=True, HAS_ALIBI=True)
     plain = dict(ROTARY="pairs", HAS_DOCUMENTS=False, HAS_WINDOW=False, HAS_ALIBI=False)
     found = []
-    tables = (_forward_kernel, TILES), (backward.dk_dv_kernel, backward.KEY_TILES), (backward.dq_kernel, backward.QUERY_TILES)
-    for kernel, tiles in tables:
+    for kernel, tiles, warp_tiles in (
+        (_forward_kernel, TILES, WARP_TILES),
+        (backward.dk_dv_kernel, backward.KEY_TILES, backward.WARP_KEY_TILES),
+        (backward.dq_kernel, backward.QUERY_TILES, {}),
+    ):
         for (width, is_float32), tile in tiles.items():
             dtype = "fp32" if is_float32 else "bf16"
-            found.append(configuration(kernel, "full", dtype, width, tile, full))
+            own = warp_tiles.get((width, is_float32))
+            targets = None if own is None else ("sm_90", "sm_100", "gfx942")
+            found.append(configuration(kernel, "full", dtype, width, tile, full, targets))
+            if own is not None:
+                found.append(configuration(kernel, "full by warp", dtype, width, own, full, ("sm_80", "sm_120")))
             if dtype == "bf16" and width in (64, 128):
-                found.append(configuration(kernel, "plain", dtype, width, tile, plain))
+                found.append(configuration(kernel, "plain", dtype, width, tile, plain, targets))
     documents = dict(ROTARY="pairs", HAS_DOCUMENTS=True)
     return [
         *found,
