@@ -27,12 +27,23 @@ def losses(base: str, backend: str, device: str) -> tuple[list[float], dict[str,
     """The loss of each step, and which backend served each op."""
     # One layer and one row a step, because Triton's interpreter takes a quarter of a second for them.
     config = ModelConfig(
-        base=base, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_mlp=24, vocab_size=11, wave_kernel=3, wave_dilations=(2,), backend=backend
+        base=base,
+        d_model=16,
+        n_layers=1,
+        n_heads=2,
+        n_kv_heads=1,
+        d_mlp=24,
+        vocab_size=11,
+        wave_kernel=3,
+        wave_dilations=(2,),
+        backend=backend,
     )
     torch.manual_seed(0)
     module = build_model(config).to(device)
-    # A rate at which a step moves the weights by little of their size: at 2e-2 rounding grows tenfold every few steps, whatever rounds.
-    settings = TrainConfig(max_steps=STEPS, epochs=99, batch_tokens=32, lr=3e-3, warmup_steps=0, amp="fp32", log_interval_steps=1, progress=False)
+    # A rate at which a step moves the weights by little of their size: at 2e-2 any rounding grows tenfold every few steps.
+    settings = TrainConfig(
+        max_steps=STEPS, epochs=99, batch_tokens=32, lr=3e-3, warmup_steps=0, amp="fp32", log_interval_steps=1, progress=False
+    )
     history = train(module, example_rows(), settings)
     assert [row["step"] for row in history] == list(range(1, STEPS + 1))
     return [row["loss"] for row in history], {row["op"]: row["backend"] for row in explain(module)}

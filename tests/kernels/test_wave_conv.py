@@ -14,7 +14,7 @@ NAMES = ("y", "dx", "dweight", "dbias", "damplitude", "dfrequency", "ddamping")
 # (x's shape, lengths of the documents or None, kernel_size, dilation, is stated, has bias, mode). Documents: empty ones first, last
 # and in between, one token, across the end of a row; dilations beyond the row.
 CALLS = [
-    ((2, 13, 33), None, 4, 1, False, True, "abs"),
+    ((2, 16, 33), None, 4, 1, False, True, "abs"),
     ((2, 7, 3), None, 3, 2, True, True, "relu"),
     ((13, 17), (0, 5, 1, 0, 7, 0), 3, 2, True, True, "abs"),
     ((11, 3), (4, 7), 4, 3, False, False, "abs"),
@@ -107,7 +107,7 @@ def small_programs(monkeypatch):
     shrink(monkeypatch)
 
 
-def shrink(monkeypatch, steps=5):
+def shrink(monkeypatch, steps=3):
     if OP.has("triton"):
         from psann_kernels import wave_conv_triton
 
@@ -190,7 +190,7 @@ def test_rows_begin_documents(backend, small_programs):
     serving(backend)
     tensors, options, dy = inputs(CALLS[0], torch.float32)
     expected = run(op(backend), tensors, options, dy)
-    got = run(op(backend), tensors, options | dict(cu_seqlens=torch.tensor([0, 26], dtype=torch.int32)), dy)
+    got = run(op(backend), tensors, options | dict(cu_seqlens=torch.tensor([0, 32], dtype=torch.int32)), dy)
     for g, e in zip(got, expected):
         torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-5)
 
@@ -286,6 +286,26 @@ def test_nothing_sees_the_future_or_another_document(backend, call, small_progra
             is_kept[changed if place == 0 else slice(first, last)] = False
             assert torch.equal(seen[is_kept], expected[is_kept])
             assert torch.isnan(seen[changed]).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, under the interpreter
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_after_the_end_do_not_exist(backend):
+    """The next token's exponential would overflow, and 0 times infinity is NaN."""
+    serving(backend)
+    x = torch.tensor([50.0, 100.0, 150.0, 200.0]).view(1, 4, 1).requires_grad_()
+    one = torch.ones(1)
+    wave_conv(x, torch.tensor([[1.0, -1.0]]), one, one, -one, backend=backend).backward(torch.ones(1, 4, 1))
+    assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing(backend):
+    serving(backend)
+    tensors, options, _ = inputs(CALLS[1], torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = op(backend)(*tensors, **options)
+    assert torch.equal(y, op(backend)(*tensors, **options))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -419,6 +439,10 @@ def test_bad_state_input(change, message):
         wave_state(**arguments)
 
 
+# Elements that a random case pools: of 128, maxima differ by more than the factor in one case of 300.
+ENOUGH = 512
+
+
 def case(seed, backend, monkeypatch):
     """One random kind of call, in as many random shapes as it takes to judge it."""
     draw = random.Random(seed)
@@ -430,8 +454,8 @@ def case(seed, backend, monkeypatch):
         if draw.random() < 0.8:
             shrink(patch, draw.randint(1, 9))
         budgets = {}
-        while not budgets or min(b.elements for b in budgets.values()) < 128:
-            features = draw.choice([1, 3, 16, 17, 33, 64, 65, 129])
+        while not budgets or min(b.elements for b in budgets.values()) < ENOUGH:
+            features = draw.choice([1, 3, 17, 64, 65, 129])
             rows, tokens = draw.randint(1, 4), draw.choice([0, 1, 2, 3, 7, 15, 16, 17, 33])
             shape = (rows * tokens, features) if form == "packed" else (rows, tokens, features)
             lengths = None

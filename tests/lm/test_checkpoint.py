@@ -64,8 +64,16 @@ def test_what_is_loaded_is_what_was_saved(saved):
     assert fingerprint(psannLM.load(folder, device="cpu")) == fingerprint(lm)
 
 
-@pytest.mark.parametrize("options", [dict(base="waveresnet"), dict(tie_embeddings=True), dict(positional_encoding="alibi", n_kv_heads=1),
-                                     dict(sine_freq_bounds=(0.5, None), sine_learnable=("damping",), sine_mode="relu", max_length=9)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(base="waveresnet"),
+        dict(tie_embeddings=True),
+        dict(positional_encoding="alibi", n_kv_heads=1),
+        dict(sine_freq_bounds=(0.5, None), sine_learnable=("damping",), sine_mode="relu", max_length=9),
+    ],
+    ids=str,
+)
 def test_every_kind_of_model_survives(tmp_path, options):
     lm = model(**options)
     lm.save(tmp_path)
@@ -96,7 +104,18 @@ def test_only_the_newest_generation_stays(tmp_path):
     for _ in range(3):
         lm.save(tmp_path)
         names.append(sorted(path.name for path in tmp_path.iterdir()))
-    assert names == [sorted(["manifest.json", *(f"{stem}-00000{n}.{end}" for stem, end in (("model", "safetensors"), ("config", "json"), ("psann_tokenizer", "json")))]) for n in (1, 2, 3)]
+    assert names == [
+        sorted(
+            [
+                "manifest.json",
+                *(
+                    f"{stem}-00000{n}.{end}"
+                    for stem, end in (("model", "safetensors"), ("config", "json"), ("psann_tokenizer", "json"))
+                ),
+            ]
+        )
+        for n in (1, 2, 3)
+    ]
 
 
 def test_files_of_others_in_the_folder_stay(tmp_path):
@@ -146,7 +165,10 @@ def test_damage_to_any_file_is_found_or_harmless(saved, tmp_path):
     folder = copy_of(saved, tmp_path)
     wanted, draw = fingerprint(saved[1]), random.Random(0)
     for path in sorted(folder.iterdir()):
-        outcomes = [check_damage(folder, path, content, wanted) for content in damages(path, draw, 120 if path.name == "manifest.json" else 15)]
+        outcomes = [
+            check_damage(folder, path, content, wanted)
+            for content in damages(path, draw, 120 if path.name == "manifest.json" else 15)
+        ]
         assert all(outcomes) if path.name != "manifest.json" else sum(outcomes) > 0.8 * len(outcomes)
     assert fingerprint(psannLM.load(folder, device="cpu")) == wanted
 
@@ -220,14 +242,33 @@ def test_manifests_that_are_wrong(saved, tmp_path, change, word):
     refused(folder, word)
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b'{"format": "psann-fast", "generation": ' + b"9" * 5000 + b"}", b"[" * 100_000], ids=["cut", "bytes", "digits", "depth"])
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b"\xff\xfe", b'{"format": "psann-fast", "generation": ' + b"9" * 5000 + b"}", b"[" * 100_000],
+    ids=["cut", "bytes", "digits", "depth"],
+)
 def test_manifests_that_are_no_json(saved, tmp_path, content):
     folder = copy_of(saved, tmp_path)
     (folder / "manifest.json").write_bytes(content)
     refused(folder, "manifest.json is damaged; load another checkpoint")
 
 
-@pytest.mark.parametrize("name", ["../secret.txt", "/etc/hostname", "a/b.txt", "..", ".", "", "a\\b", "secret.txt\n", ".hidden", "sub/../secret.txt", "manifest.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.txt",
+        "/etc/hostname",
+        "a/b.txt",
+        "..",
+        ".",
+        "",
+        "a\\b",
+        "secret.txt\n",
+        ".hidden",
+        "sub/../secret.txt",
+        "manifest.json",
+    ],
+)
 def test_a_manifest_reaches_nothing_outside_its_folder(tmp_path, name):
     (tmp_path / "secret.txt").write_text("secret")
     folder = tmp_path / "model"
@@ -241,7 +282,7 @@ def test_a_manifest_reaches_nothing_outside_its_folder(tmp_path, name):
     assert (tmp_path / "secret.txt").read_text() == "secret"
 
 
-# -- configurations that do not fit the weights -------------------------------------------------------------------------------------
+# -- configurations that do not fit the weights ---------------------------------------------------------------------------------
 
 
 def rewrite_config(folder, change) -> None:
@@ -279,7 +320,9 @@ def test_a_configuration_that_does_not_fit_the_weights(saved, tmp_path, change, 
 def test_weights_of_whole_numbers(saved, tmp_path):
     folder = copy_of(saved, tmp_path)
     weights = {name: tensor.to(torch.int64) for name, tensor in saved[1].module.state_dict().items()}
-    parts = {name: lambda path, content=path.read_bytes(): path.write_bytes(content) for name, path in checkpoint.read(folder).items()}
+    parts = {
+        name: lambda path, content=path.read_bytes(): path.write_bytes(content) for name, path in checkpoint.read(folder).items()
+    }
     checkpoint.write(folder, parts | {"model.safetensors": lambda path: save_file(weights, path)})
     refused(folder, "does not hold a usable model", "load another checkpoint")
 
@@ -292,7 +335,7 @@ def test_weights_that_are_no_safetensors(saved, tmp_path):
         refused(folder, "does not hold a usable model", "load another checkpoint")
 
 
-# -- a save that fails --------------------------------------------------------------------------------------------------------------
+# -- a save that fails ----------------------------------------------------------------------------------------------------------
 
 
 class NoSpace(OSError):

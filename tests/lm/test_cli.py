@@ -40,7 +40,10 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS))
-    assert main(["train", "--config", str(folder / "tiny.yaml"), "--data", str(folder / "text.txt"), "--out", str(folder / "run")]) == 0
+    assert (
+        main(["train", "--config", str(folder / "tiny.yaml"), "--data", str(folder / "text.txt"), "--out", str(folder / "run")])
+        == 0
+    )
     return folder / "run"
 
 
@@ -66,7 +69,9 @@ def refused(capsys, *arguments: str) -> str:
 
 
 def test_train_leaves_a_run_folder_and_writes_text(folder, capsys):
-    out, err = run(capsys, "train", "--config", "tiny.yaml", "--data", "text.txt", "--out", "run", "--prompt", "The sea ", "--max-steps", "4")
+    out, err = run(
+        capsys, "train", "--config", "tiny.yaml", "--data", "text.txt", "--out", "run", "--prompt", "The sea ", "--max-steps", "4"
+    )
     assert out.startswith("\nThe sea ") and "run folder: run " in out and "psann-fast generate run --prompt" in out
     assert "after 4 steps" in out and "validation" in out
     with open(folder / "run" / "metrics.csv", newline="") as file:
@@ -89,8 +94,27 @@ def test_the_resolved_configuration_can_be_run_again(folder, capsys):
 
 
 def test_flags_override_the_file_which_overrides_the_preset(folder, capsys):
-    run(capsys, "train", "--config", "tiny.yaml", "--data", "text.txt", "--out", "run", "--lr", "1e-4", "--max-steps", "2", "--base", "respsann",
-        "--wave-dilations", "1,3", "--no-progress", "--seed", "7")  # fmt: skip
+    run(
+        capsys,
+        "train",
+        "--config",
+        "tiny.yaml",
+        "--data",
+        "text.txt",
+        "--out",
+        "run",
+        "--lr",
+        "1e-4",
+        "--max-steps",
+        "2",
+        "--base",
+        "respsann",
+        "--wave-dilations",
+        "1,3",
+        "--no-progress",
+        "--seed",
+        "7",
+    )
     resolved = yaml.safe_load((folder / "run" / "config.yaml").read_text())
     assert resolved["train"]["lr"] == 1e-4 and resolved["train"]["epochs"] == 9 and resolved["train"]["progress"] is False
     assert resolved["model"]["base"] == "respsann" and resolved["model"]["wave_dilations"] == [1, 3]
@@ -127,7 +151,15 @@ def test_generate_continues_a_prompt(trained, capsys):
 
 
 def test_generate_takes_every_sampling_option(trained, capsys, monkeypatch):
-    options = {"max_new_tokens": "9", "temperature": "0.5", "top_k": "7", "top_p": "none", "min_p": "0.01", "repetition_penalty": "1.2", "seed": "3"}
+    options = {
+        "max_new_tokens": "9",
+        "temperature": "0.5",
+        "top_k": "7",
+        "top_p": "none",
+        "min_p": "0.01",
+        "repetition_penalty": "1.2",
+        "seed": "3",
+    }
     flags = [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), value)]
     assert set(options) | {"stop"} == {f.name for f in dataclasses.fields(SamplingParams)}
     out, _ = run(capsys, "generate", str(trained), "--device", "cpu", "--prompt", "A", *flags, "--stop", "e", "zz")
@@ -213,7 +245,10 @@ def test_a_configuration_file_that_is_wrong(folder, capsys, name):
         ("train --max-step=8", "has no option '--max-step'; did you mean '--max-steps'?"),
         ("train --d-model eight", "ModelConfig: d_model is 'eight'; it must be a whole number of at least 1"),
         ("train --lr 0", "TrainConfig: lr is 0; it must be a number above 0"),
-        ("train --amp fp16 --device cpu --config tiny.yaml", "amp is 'fp16', which torch does not train with on a CPU; use amp='bf16'"),
+        (
+            "train --amp fp16 --device cpu --config tiny.yaml",
+            "amp is 'fp16', which torch does not train with on a CPU; use amp='bf16'",
+        ),
         ("train --device cuda:77", "device is 'cuda:77'"),
         ("generate missing", "missing is not a folder; pass the folder that save() wrote"),
         ("generate . --prompt x", "has no manifest.json, so it is not a saved psann-fast model"),

@@ -24,26 +24,67 @@ BOUNDS = [5, (1,), (2, 1), (-1, None), ("a", None), (0, 1, 2)]
 
 OUT_OF_RANGE = {
     ModelConfig: {
-        "base": ["", 3, None], "d_model": WHOLE, "n_layers": WHOLE, "n_heads": WHOLE, "n_kv_heads": WHOLE, "d_mlp": WHOLE,
-        "vocab_size": WHOLE, "positional_encoding": ["rotary", 1, ""], "rope_theta": POSITIVE, "dropout": FRACTION,
-        "tie_embeddings": FLAG, "max_length": WHOLE, "sine_amp_init": POSITIVE, "sine_amp_init_std": NOT_NEGATIVE,
-        "sine_freq_init": POSITIVE, "sine_freq_init_std": NOT_NEGATIVE, "sine_damp_init": POSITIVE, "sine_damp_init_std": NOT_NEGATIVE,
-        "sine_trainable": FLAG, "sine_learnable": ["amplitude", ("phase",), 3], "sine_amp_bounds": BOUNDS, "sine_freq_bounds": BOUNDS,
-        "sine_damp_bounds": BOUNDS, "sine_mode": ["square", 1, None], "wave_kernel": WHOLE, "wave_dilations": [(), 2, (0,), (1, 1.5)],
-        "backend": ["cuda", "", None], "device": ["", 0, None],
+        "base": ["", 3, None],
+        "d_model": WHOLE,
+        "n_layers": WHOLE,
+        "n_heads": WHOLE,
+        "n_kv_heads": WHOLE,
+        "d_mlp": WHOLE,
+        "vocab_size": WHOLE,
+        "positional_encoding": ["rotary", 1, ""],
+        "rope_theta": POSITIVE,
+        "dropout": FRACTION,
+        "tie_embeddings": FLAG,
+        "max_length": WHOLE,
+        "sine_amp_init": POSITIVE,
+        "sine_amp_init_std": NOT_NEGATIVE,
+        "sine_freq_init": POSITIVE,
+        "sine_freq_init_std": NOT_NEGATIVE,
+        "sine_damp_init": POSITIVE,
+        "sine_damp_init_std": NOT_NEGATIVE,
+        "sine_trainable": FLAG,
+        "sine_learnable": ["amplitude", ("phase",), 3],
+        "sine_amp_bounds": BOUNDS,
+        "sine_freq_bounds": BOUNDS,
+        "sine_damp_bounds": BOUNDS,
+        "sine_mode": ["square", 1, None],
+        "wave_kernel": WHOLE,
+        "wave_dilations": [(), 2, (0,), (1, 1.5)],
+        "backend": ["cuda", "", None],
+        "device": ["", 0, None],
     },
     DataConfig: {
-        "tokenizer": ["bpe", "", None], "tokenizer_model_path": ["", 5], "tokenizer_vocab_size": WHOLE, "max_length": WHOLE,
-        "pack_sequences": FLAG, "val_split": FRACTION, "seed": WHOLE_OR_ZERO,
+        "tokenizer": ["bpe", "", None],
+        "tokenizer_model_path": ["", 5],
+        "tokenizer_vocab_size": WHOLE,
+        "max_length": WHOLE,
+        "pack_sequences": FLAG,
+        "val_split": FRACTION,
+        "seed": WHOLE_OR_ZERO,
     },
     TrainConfig: {
-        "epochs": WHOLE, "max_steps": WHOLE, "batch_tokens": WHOLE, "grad_accum_steps": WHOLE, "lr": POSITIVE,
-        "min_lr_ratio": [-0.1, 1.1, NAN, "0"], "warmup_steps": WHOLE_OR_ZERO, "weight_decay": NOT_NEGATIVE, "beta1": FRACTION,
-        "beta2": FRACTION, "label_smoothing": FRACTION, "grad_clip": NOT_NEGATIVE, "amp": ["float16", "", None], "ddp": ["yes", True, None],
-        "seed": WHOLE_OR_ZERO, "checkpoint_dir": ["", 5], "log_interval_steps": WHOLE, "save_interval_steps": WHOLE,
-        "eval_interval_steps": WHOLE, "progress": FLAG,
+        "epochs": WHOLE,
+        "max_steps": WHOLE,
+        "batch_tokens": WHOLE,
+        "grad_accum_steps": WHOLE,
+        "lr": POSITIVE,
+        "min_lr_ratio": [-0.1, 1.1, NAN, "0"],
+        "warmup_steps": WHOLE_OR_ZERO,
+        "weight_decay": NOT_NEGATIVE,
+        "beta1": FRACTION,
+        "beta2": FRACTION,
+        "label_smoothing": FRACTION,
+        "grad_clip": NOT_NEGATIVE,
+        "amp": ["float16", "", None],
+        "ddp": ["yes", True, None],
+        "seed": WHOLE_OR_ZERO,
+        "checkpoint_dir": ["", 5],
+        "log_interval_steps": WHOLE,
+        "save_interval_steps": WHOLE,
+        "eval_interval_steps": WHOLE,
+        "progress": FLAG,
     },
-}  # fmt: skip
+}
 
 
 def test_the_table_covers_every_field():
@@ -73,8 +114,8 @@ def test_the_fields_that_the_documentation_of_psannlm_names():
     documented = {
         ModelConfig: "base d_model n_layers n_heads d_mlp vocab_size rope sine_params",
         DataConfig: "tokenizer tokenizer_model_path max_length pack_sequences val_split seed",
-        TrainConfig: "epochs batch_tokens lr warmup_steps weight_decay label_smoothing grad_clip grad_accum_steps amp ddp checkpoint_dir "
-        "log_interval_steps save_interval_steps",
+        TrainConfig: "epochs batch_tokens lr warmup_steps weight_decay label_smoothing grad_clip grad_accum_steps amp ddp "
+        "checkpoint_dir log_interval_steps save_interval_steps",
     }
     for kind, names in documented.items():
         assert not set(names.split()) - set(configuration.option_names(kind))
@@ -94,10 +135,16 @@ def test_the_fields_that_the_documentation_of_psannlm_names():
         (lambda: psannLMDataPrep(["a"], max_len=8), "psannLMDataPrep has no option 'max_len'; did you mean 'max_length'?"),
         (lambda: psannLM().fit(None, batch_token=8), "fit has no option 'batch_token'; did you mean 'batch_tokens'?"),
         (lambda: psannLM().set_params(drop_out=0.1), "psannLM has no option 'drop_out'; did you mean 'dropout'?"),
-        (lambda: psannLM(config=ModelConfig(), d_model=8), "psannLM takes config= or options, not both; put d_model into the ModelConfig"),
-        (lambda: psannLM().fit(None, train_config=TrainConfig(), lr=1.0), "fit takes train_config= or options, not both; put lr into the TrainConfig"),
+        (
+            lambda: psannLM(config=ModelConfig(), d_model=8),
+            "psannLM takes config= or options, not both; put d_model into the ModelConfig",
+        ),
+        (
+            lambda: psannLM().fit(None, train_config=TrainConfig(), lr=1.0),
+            "fit takes train_config= or options, not both; put lr into the TrainConfig",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_misspelt_option_names_the_nearest(call, message):
     with pytest.raises(TypeError) as caught:
         call()
@@ -117,7 +164,10 @@ def test_a_name_near_to_none_lists_all():
     [
         (dict(d_model=30, n_heads=4), "n_heads is 4, which does not divide d_model 30; choose a divisor"),
         (dict(n_heads=8, n_kv_heads=3), "n_kv_heads is 3, which does not divide n_heads 8; choose a divisor"),
-        (dict(d_model=30, n_heads=2), "head_dim is 15 .*rotary positions turn pairs; choose an even head_dim, or positional_encoding 'alibi'"),
+        (
+            dict(d_model=30, n_heads=2),
+            "head_dim is 15 .*rotary positions turn pairs; choose an even head_dim, or positional_encoding 'alibi'",
+        ),
         (dict(d_model=15, n_heads=3, rope=False), "d_model is 15, but sinusoidal positions come in pairs; choose an even d_model"),
         (dict(rope=True, positional_encoding="alibi"), "rope=True and positional_encoding='alibi' contradict each other; give one"),
         (dict(rope=False, positional_encoding="rope"), "rope=False and positional_encoding='rope' contradict each other; give one"),
@@ -137,20 +187,36 @@ def test_odd_head_dim_without_rotary_positions():
 @pytest.mark.parametrize(
     "options, expected",
     [
-        ({}, "rope"), (dict(rope=True), "rope"), (dict(rope=False), "sinusoidal"), (dict(positional_encoding="alibi"), "alibi"),
-        (dict(rope=False, positional_encoding="alibi"), "alibi"), (dict(rope=None, positional_encoding="sinusoidal"), "sinusoidal"),
+        ({}, "rope"),
+        (dict(rope=True), "rope"),
+        (dict(rope=False), "sinusoidal"),
+        (dict(positional_encoding="alibi"), "alibi"),
+        (dict(rope=False, positional_encoding="alibi"), "alibi"),
+        (dict(rope=None, positional_encoding="sinusoidal"), "sinusoidal"),
     ],
-)  # fmt: skip
+)
 def test_rope_is_another_spelling_of_positional_encoding(options, expected):
     config = ModelConfig(**options)
     assert config.positional_encoding == expected and config.rope is (expected == "rope")
 
 
 def test_sine_params_are_another_spelling_of_the_sine_fields():
-    given = dict(amp_init=2.0, freq_init=1.0, damp_init=0.5, freq_init_std=0.1, trainable=False, learnable=("damping",),
-                 freq_bounds=(0.5, None), mode="relu")  # fmt: skip
+    given = dict(
+        amp_init=2.0,
+        freq_init=1.0,
+        damp_init=0.5,
+        freq_init_std=0.1,
+        trainable=False,
+        learnable=("damping",),
+        freq_bounds=(0.5, None),
+        mode="relu",
+    )
     config = ModelConfig(sine_params=given)
-    assert config == ModelConfig(sine_params=SineParams(**given)) == ModelConfig(**{f"sine_{name}": value for name, value in given.items()})
+    assert (
+        config
+        == ModelConfig(sine_params=SineParams(**given))
+        == ModelConfig(**{f"sine_{name}": value for name, value in given.items()})
+    )
     for name, value in given.items():
         assert getattr(config.sine_params, name) == value
     # None means the library's default, and what is given means what it says, 1.0 too.
@@ -182,11 +248,21 @@ def test_a_change_is_followed_by_what_was_left_to_its_default():
 # -- one thing in every spelling ------------------------------------------------------------------------------------------------
 
 UNUSUAL = {
-    ModelConfig: ModelConfig(d_model=32, n_heads=4, n_kv_heads=2, vocab_size=9, rope=False, sine_freq_bounds=(0.1, None),
-                             sine_learnable=("damping",), wave_dilations=(1, 3), dropout=0.25, tie_embeddings=True),
+    ModelConfig: ModelConfig(
+        d_model=32,
+        n_heads=4,
+        n_kv_heads=2,
+        vocab_size=9,
+        rope=False,
+        sine_freq_bounds=(0.1, None),
+        sine_learnable=("damping",),
+        wave_dilations=(1, 3),
+        dropout=0.25,
+        tie_embeddings=True,
+    ),
     DataConfig: DataConfig(tokenizer="simple", val_split=0.25, pack_sequences=False, tokenizer_model_path="a.model"),
     TrainConfig: TrainConfig(max_steps=3, lr=2e-4, checkpoint_dir="run", amp="bf16", progress=False, weight_decay=0),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -202,8 +278,13 @@ def test_a_configuration_survives_json_and_yaml(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_configuration_survives_being_written_as_flags(kind):
     config = UNUSUAL[kind]
-    spelt = {name: ",".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in configuration.to_dict(config).items()}
-    assert configuration.build(kind, "test", {name: configuration.coerced(kind, name, text) for name, text in spelt.items()}) == config
+    spelt = {
+        name: ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in configuration.to_dict(config).items()
+    }
+    assert (
+        configuration.build(kind, "test", {name: configuration.coerced(kind, name, text) for name, text in spelt.items()}) == config
+    )
 
 
 def test_numbers_as_yaml_and_command_lines_spell_them():

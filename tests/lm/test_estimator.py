@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import warnings
@@ -10,6 +11,7 @@ import psannlm
 import pytest
 import torch
 from psann_fast import ModelConfig, TrainConfig, psannLM, psannLMDataPrep
+from psann_fast.train import checkpoint
 from psann_kernels import explain
 from psannlm.lm.models.transformer_respsann import build_respsann_transformer
 from psannlm.lm.models.transformer_waveresnet import build_waveresnet_transformer
@@ -88,6 +90,8 @@ def test_subword_tokenizers_are_saved_inside(tokenizer, tmp_path):
 def test_backend_and_device_are_not_saved(tmp_path):
     lm = model(backend="torch")
     lm.save(tmp_path)
+    saved = json.loads(checkpoint.read(tmp_path)["config.json"].read_text())["model"]
+    assert set(lm.get_params()) - set(saved) == {"backend", "device"}
     loaded = psannLM.load(tmp_path, device="cpu")
     assert loaded.config.backend == "auto" and psannLM.load(tmp_path, device="cpu", backend="torch").config.backend == "torch"
     with pytest.raises(ValueError, match="backend is 'cuda'; choose one of"):
@@ -144,14 +148,24 @@ def test_the_log_says_how_much_is_trained_on_what(caplog):
     lm, prepared = model(), data()
     with caplog.at_level(logging.INFO, "psann_fast"):
         fitted(lm, prepared, max_steps=1)
-    assert any(f"{lm.module.num_parameters():,} parameters" in r.message and f"{prepared.train_tokens} tokens" in r.message for r in caplog.records)
+    assert any(
+        f"{lm.module.num_parameters():,} parameters" in r.message and f"{prepared.train_tokens} tokens" in r.message
+        for r in caplog.records
+    )
 
 
 # -- estimator manners ----------------------------------------------------------------------------------------------------------
 
 
 def test_get_params_makes_an_equal_model():
-    lm = psannLM(d_model=32, n_heads=4, n_kv_heads=2, rope=False, sine_params=dict(freq_init=2.0, learnable=("damping",)), wave_dilations=[1, 5])
+    lm = psannLM(
+        d_model=32,
+        n_heads=4,
+        n_kv_heads=2,
+        rope=False,
+        sine_params=dict(freq_init=2.0, learnable=("damping",)),
+        wave_dilations=[1, 5],
+    )
     params = lm.get_params()
     assert psannLM(**params).config == lm.config and psannLM(**params).get_params() == params
     assert params["positional_encoding"] == "sinusoidal" and params["sine_freq_init"] == 2.0
@@ -161,7 +175,12 @@ def test_get_params_makes_an_equal_model():
 def test_set_params_before_the_module_is_built():
     lm = psannLM(vocab_size=9)
     assert lm.set_params(d_model=32, n_heads=4, rope=False, sine_params=dict(freq_init=2.0), device="cpu") is lm
-    assert (lm.config.d_mlp, lm.config.n_kv_heads, lm.config.positional_encoding, lm.config.sine_freq_init) == (128, 4, "sinusoidal", 2.0)
+    assert (lm.config.d_mlp, lm.config.n_kv_heads, lm.config.positional_encoding, lm.config.sine_freq_init) == (
+        128,
+        4,
+        "sinusoidal",
+        2.0,
+    )
     assert lm.module.embed.weight.shape == (9, 32)
     with pytest.raises(ValueError, match="n_heads is 5, which does not divide d_model 32"):
         lm.set_params(n_heads=5)

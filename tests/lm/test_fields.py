@@ -69,7 +69,10 @@ def n_heads():
 
 @shows(ModelConfig, "n_kv_heads")
 def n_kv_heads():
-    assert tiny(n_kv_heads=1).blocks[0].attn.k_proj.weight.shape == (8, 16) and tiny().blocks[0].attn.k_proj.weight.shape == (16, 16)
+    assert tiny(n_kv_heads=1).blocks[0].attn.k_proj.weight.shape == (8, 16) and tiny().blocks[0].attn.k_proj.weight.shape == (
+        16,
+        16,
+    )
 
 
 @shows(ModelConfig, "d_mlp")
@@ -165,7 +168,9 @@ def sine_bounds(field):
 
 def learning(**options) -> set[str]:
     names = {"_A": "amplitude", "_f": "frequency", "_d": "damping"}
-    return {names[name.rpartition(".")[2]] for name, p in tiny(**options).named_parameters() if name[-2:] in names and p.requires_grad}
+    return {
+        names[name.rpartition(".")[2]] for name, p in tiny(**options).named_parameters() if name[-2:] in names and p.requires_grad
+    }
 
 
 @shows(ModelConfig, "sine_trainable")
@@ -306,7 +311,9 @@ def min_lr_ratio():
 @shows(TrainConfig, "warmup_steps")
 def warmup_steps():
     options = dict(epochs=9, max_steps=30, lr=0.03)
-    assert history(warmup_steps=0, **options)[0]["lr"] == 0.03 and history(warmup_steps=3, **options)[0]["lr"] == pytest.approx(0.01)
+    assert history(warmup_steps=0, **options)[0]["lr"] == 0.03 and history(warmup_steps=3, **options)[0]["lr"] == pytest.approx(
+        0.01
+    )
 
 
 @shows(TrainConfig, "weight_decay")

@@ -32,7 +32,15 @@ def writer(base: str = "waveresnet", **options) -> psannLM:
     tokenizer = train_tokenizer("simple", ["only bytes"])
     torch.manual_seed(0)
     model = psannLM(
-        base=base, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, d_mlp=24, vocab_size=tokenizer.vocab_size, device="cpu", **options
+        base=base,
+        d_model=16,
+        n_layers=2,
+        n_heads=2,
+        n_kv_heads=1,
+        d_mlp=24,
+        vocab_size=tokenizer.vocab_size,
+        device="cpu",
+        **options,
     )
     model.tokenizer = tokenizer
     with torch.no_grad():
@@ -115,7 +123,11 @@ def test_the_cache_has_the_models_dtype(poisoned_cache, dtype):
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0, "seed": 5}, {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.3, "seed": 7}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0}, {"temperature": 1.0, "seed": 5}, {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.3, "seed": 7}],
+    ids=str,
+)
 def test_a_ragged_batch_equals_its_rows(base, options):
     model = writer(base)
     options = {"max_new_tokens": 20, **options}
@@ -358,7 +370,11 @@ def test_past_the_window_still_equals_the_whole_pass():
         (lambda m: m.generate(["hello"]), ValueError, "generate.*: prompt 0 is a list; it must be a str"),
         (lambda m: m.generate_batch(["hello", b"x"]), ValueError, "prompt 1 is a bytes; it must be a str"),
         (lambda m: m.generate("hello", seed=1.5), ValueError, "seed is 1.5; it must be a whole number of at least 0"),
-        (lambda m: m.generate_batch(["a", "b"], seed=[1]), ValueError, "seed has 1 values for 2 prompts; pass one for all, or one for each"),
+        (
+            lambda m: m.generate_batch(["a", "b"], seed=[1]),
+            ValueError,
+            "seed has 1 values for 2 prompts; pass one for all, or one for each",
+        ),
         (lambda m: m.generate("hello", max_tokens=3), TypeError, "has no option 'max_tokens'; did you mean 'max_new_tokens'"),
         (lambda m: m.generate("\ud800"), ValueError, "lone surrogate"),
         (lambda m: psannLM(vocab_size=9).generate("x"), ValueError, "no tokenizer yet; call fit first"),

@@ -71,11 +71,18 @@ def test_causality_of_random_models(campaign):
         draw = random.Random(seed)
         heads = draw.choice((1, 2, 4))
         options = dict(
-            base=draw.choice(BASES), positional_encoding=draw.choice(POSITIONS), n_heads=heads, d_model=heads * 2 * draw.randint(1, 8),
-            n_kv_heads=draw.choice([n for n in (1, 2, 4) if heads % n == 0]), n_layers=draw.randint(1, 3), d_mlp=draw.randint(1, 40),
-            wave_kernel=draw.randint(1, 5), wave_dilations=tuple(draw.randint(1, 9) for _ in range(draw.randint(1, 3))),
-            sine_mode=draw.choice(("abs", "relu", "none")), tie_embeddings=draw.random() < 0.5,
-        )  # fmt: skip
+            base=draw.choice(BASES),
+            positional_encoding=draw.choice(POSITIONS),
+            n_heads=heads,
+            d_model=heads * 2 * draw.randint(1, 8),
+            n_kv_heads=draw.choice([n for n in (1, 2, 4) if heads % n == 0]),
+            n_layers=draw.randint(1, 3),
+            d_mlp=draw.randint(1, 40),
+            wave_kernel=draw.randint(1, 5),
+            wave_dilations=tuple(draw.randint(1, 9) for _ in range(draw.randint(1, 3))),
+            sine_mode=draw.choice(("abs", "relu", "none")),
+            tie_embeddings=draw.random() < 0.5,
+        )
         check_causality(tiny(draw.randrange(1 << 30), **options), draw, draw.randrange(2, 70), changes=2)
 
 
@@ -131,7 +138,10 @@ def test_document_offsets_and_positions():
 @pytest.mark.parametrize(
     "starts, message",
     [
-        (torch.zeros(2, 8, dtype=torch.bool), r"document_starts has shape \(2, 8\).*\(2, 9\), True at the first token of each document"),
+        (
+            torch.zeros(2, 8, dtype=torch.bool),
+            r"document_starts has shape \(2, 8\).*\(2, 9\), True at the first token of each document",
+        ),
         (torch.zeros(9, dtype=torch.bool), r"document_starts has shape \(9,\)"),
         (torch.zeros(2, 9, dtype=torch.int64), "document_starts has .* dtype torch.int64; it must be bool"),
     ],
@@ -155,16 +165,31 @@ def shapes_of(base: str, d_model: int, d_mlp: int, kv_width: int, layers: int, w
     shapes = {"embed.weight": (VOCABULARY, d_model), "ln_f.scale": (d_model,), "lm_head.weight": (VOCABULARY, d_model)}
     for i in range(layers):
         block = {
-            "attn.q_proj.weight": (d_model, d_model), "attn.k_proj.weight": (kv_width, d_model), "attn.v_proj.weight": (kv_width, d_model),
-            "attn.o_proj.weight": (d_model, d_model), "mlp.fc1.weight": (d_mlp, d_model), "mlp.fc1.bias": (d_mlp,),
-            "mlp.fc2.weight": (d_model, d_mlp), "mlp.fc2.bias": (d_model,), "norm1.scale": (d_model,), "norm2.scale": (d_model,),
-            "mlp.act._A": (d_mlp,), "mlp.act._f": (d_mlp,), "mlp.act._d": (d_mlp,), "alpha": (1,),
-        }  # fmt: skip
+            "attn.q_proj.weight": (d_model, d_model),
+            "attn.k_proj.weight": (kv_width, d_model),
+            "attn.v_proj.weight": (kv_width, d_model),
+            "attn.o_proj.weight": (d_model, d_model),
+            "mlp.fc1.weight": (d_mlp, d_model),
+            "mlp.fc1.bias": (d_mlp,),
+            "mlp.fc2.weight": (d_model, d_mlp),
+            "mlp.fc2.bias": (d_model,),
+            "norm1.scale": (d_model,),
+            "norm2.scale": (d_model,),
+            "mlp.act._A": (d_mlp,),
+            "mlp.act._f": (d_mlp,),
+            "mlp.act._d": (d_mlp,),
+            "alpha": (1,),
+        }
         if base == "waveresnet":
             block |= {
-                "wave.norm.scale": (d_model,), "wave.weight": (d_model, wave_kernel), "wave.bias": (d_model,),
-                "wave.act._A": (d_model,), "wave.act._f": (d_model,), "wave.act._d": (d_model,), "wave.out_proj.weight": (d_model, d_model),
-            }  # fmt: skip
+                "wave.norm.scale": (d_model,),
+                "wave.weight": (d_model, wave_kernel),
+                "wave.bias": (d_model,),
+                "wave.act._A": (d_model,),
+                "wave.act._f": (d_model,),
+                "wave.act._d": (d_model,),
+                "wave.out_proj.weight": (d_model, d_model),
+            }
         shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
     return shapes
 
@@ -338,7 +363,9 @@ def test_half_precision_models_run(base, dtype):
     assert 0 < (narrow.float() - wide).norm() < 0.05 * wide.norm()
 
 
-@pytest.mark.parametrize("base, positions, packed", [("waveresnet", "rope", True), ("respsann", "alibi", False), ("respsann", "sinusoidal", True)])
+@pytest.mark.parametrize(
+    "base, positions, packed", [("waveresnet", "rope", True), ("respsann", "alibi", False), ("respsann", "sinusoidal", True)]
+)
 def test_compiles_without_graph_break(base, positions, packed):
     module = tiny(base=base, positional_encoding=positions, n_layers=1)
     torch._dynamo.reset()

@@ -42,7 +42,9 @@ def draw(monkeypatch, logits, params, points, seen=()):
     is_seen = torch.zeros(rows, len(logits), dtype=torch.bool)
     is_seen[:, list(seen)] = True
     batch = SamplingBatch.of([params] * rows, len(logits), torch.device("cpu"))
-    return next_tokens(torch.tensor([logits] * rows, dtype=torch.float64), batch, torch.zeros(rows, dtype=torch.int64), is_seen).tolist()
+    return next_tokens(
+        torch.tensor([logits] * rows, dtype=torch.float64), batch, torch.zeros(rows, dtype=torch.int64), is_seen
+    ).tolist()
 
 
 def check_against_oracle(monkeypatch, logits, params, seen=()):
@@ -103,7 +105,14 @@ def logs(*probabilities: float) -> list[float]:
 
 def test_top_p_keeps_the_token_that_crosses(monkeypatch):
     logits = logs(0.125, 0.5, 0.125, 0.25)
-    for top_p, expected in ((0.4, [1]), (0.51, [1, 3]), (0.74, [1, 3]), (0.76, [0, 1, 3]), (0.88, [0, 1, 2, 3]), (1.0, [0, 1, 2, 3])):
+    for top_p, expected in (
+        (0.4, [1]),
+        (0.51, [1, 3]),
+        (0.74, [1, 3]),
+        (0.76, [0, 1, 3]),
+        (0.88, [0, 1, 2, 3]),
+        (1.0, [0, 1, 2, 3]),
+    ):
         assert support(monkeypatch, logits, top_p=top_p) == expected, top_p
     assert support(monkeypatch, logits, top_p=1e-12) == [1]
 
@@ -158,9 +167,14 @@ def test_minus_infinity_is_never_drawn(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 def test_rows_of_a_batch_keep_their_own_parameters(dtype):
     rows = [
-        params_of(temperature=0), params_of(top_k=1), params_of(top_p=0.2, seed=3), params_of(temperature=5.0, seed=4),
-        params_of(min_p=0.3, seed=5), params_of(repetition_penalty=2.0, temperature=0), params_of(seed=6),
-    ]  # fmt: skip
+        params_of(temperature=0),
+        params_of(top_k=1),
+        params_of(top_p=0.2, seed=3),
+        params_of(temperature=5.0, seed=4),
+        params_of(min_p=0.3, seed=5),
+        params_of(repetition_penalty=2.0, temperature=0),
+        params_of(seed=6),
+    ]
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(len(rows), 50, generator=generator)).to(dtype)
     seen = torch.rand(len(rows), 50, generator=generator) < 0.5
@@ -299,9 +313,23 @@ def test_the_table_covers_every_parameter():
 
 @pytest.mark.parametrize(
     "options",
-    [dict(max_new_tokens=1), dict(temperature=0), dict(temperature=100), dict(top_k=1), dict(top_p=1), dict(top_p=None), dict(min_p=0),
-     dict(min_p=1), dict(repetition_penalty=0.5), dict(stop="x"), dict(stop=["x", "yz"]), dict(stop=()), dict(seed=0), dict(seed=(1 << 63) - 1)],
+    [
+        dict(max_new_tokens=1),
+        dict(temperature=0),
+        dict(temperature=100),
+        dict(top_k=1),
+        dict(top_p=1),
+        dict(top_p=None),
+        dict(min_p=0),
+        dict(min_p=1),
+        dict(repetition_penalty=0.5),
+        dict(stop="x"),
+        dict(stop=["x", "yz"]),
+        dict(stop=()),
+        dict(seed=0),
+        dict(seed=(1 << 63) - 1),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_the_edges_of_the_ranges_are_allowed(options):
     SamplingParams(**options)

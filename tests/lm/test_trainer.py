@@ -12,7 +12,7 @@ import torch
 from psann_fast import TrainConfig, psannLM
 from psann_fast.data import IGNORED, Examples, pack
 from psann_fast.train import trainer
-from psann_fast.train.optim import build_optimizer, learning_rate, warmup_length
+from psann_fast.train.optim import learning_rate, warmup_length
 from psann_fast.train.precision import cpu_has_bf16, resolve_amp, resolve_device
 from psann_fast.train.run_folder import COLUMNS
 from psann_fast.train.trainer import Plan, TrainingDiverged, batch_loss, evaluate, train
@@ -39,7 +39,9 @@ def stepped():
 
     def before_step(optimizer, args, kwargs):
         groups = optimizer.param_groups
-        steps.append(([g["lr"] for g in groups], [g["weight_decay"] for g in groups], [p.grad.clone() for g in groups for p in g["params"]]))
+        steps.append(
+            ([g["lr"] for g in groups], [g["weight_decay"] for g in groups], [p.grad.clone() for g in groups for p in g["params"]])
+        )
 
     handle = register_optimizer_step_pre_hook(before_step)
     yield steps
@@ -124,7 +126,9 @@ def test_validation_is_the_mean_over_all_targets_in_eval_mode():
     module.eval()
     with torch.no_grad():
         log_p = F.log_softmax(module(batch["input_ids"], batch["document_starts"]), -1)
-    assert texts_alone == pytest.approx(-log_p.gather(-1, batch["targets"].clamp_min(0)[..., None])[..., 0][real].mean().item(), rel=1e-5)
+    assert texts_alone == pytest.approx(
+        -log_p.gather(-1, batch["targets"].clamp_min(0)[..., None])[..., 0][real].mean().item(), rel=1e-5
+    )
 
 
 # -- the optimizer --------------------------------------------------------------------------------------------------------------
@@ -172,13 +176,13 @@ def test_frozen_sine_parameters_do_not_move(base):
 
 def test_equal_seeds_give_equal_runs_and_others_do_not():
     runs = []
-    for seed in (1, 1, 2):
+    for outer, seed in enumerate((1, 1, 2)):
         module = tiny(dropout=0.1)
-        torch.manual_seed(123)
+        torch.manual_seed(outer)
         history = train(module, examples(), config(seed=seed, max_steps=3))
         runs.append([row["loss"] for row in history])
         drawn = torch.rand(1)
-        torch.manual_seed(123)
+        torch.manual_seed(outer)
         assert torch.equal(drawn, torch.rand(1)), "training moved the caller's random state"
     assert runs[0] == runs[1] != runs[2]
 
@@ -202,7 +206,10 @@ def test_warmup_then_cosine_to_the_ratio(stepped):
     assert rates[-1] == pytest.approx(0.001) and max(rates) == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("options, steps", [(dict(epochs=2), 6), (dict(epochs=2, max_steps=4), 4), (dict(epochs=2, max_steps=99), 6), (dict(epochs=5, max_steps=9), 9)])
+@pytest.mark.parametrize(
+    "options, steps",
+    [(dict(epochs=2), 6), (dict(epochs=2, max_steps=4), 4), (dict(epochs=2, max_steps=99), 6), (dict(epochs=5, max_steps=9), 9)],
+)
 def test_a_call_ends_at_the_smaller_of_epochs_and_max_steps_and_so_does_the_schedule(stepped, options, steps):
     rows = examples(19)
     assert math.ceil(len(rows) / 8) == 3, "the sizes below count on three steps an epoch"
@@ -237,7 +244,11 @@ def test_the_plan():
     rows = examples(19)  # 19 rows or so of 8 tokens
     for batch_tokens, per_batch in ((1, 1), (8, 1), (15, 1), (16, 2), (64, 8)):
         plan = Plan.of(rows, config(batch_tokens=batch_tokens, epochs=3))
-        assert plan.rows == per_batch and plan.steps_per_epoch == math.ceil(len(rows) / per_batch) and plan.total_steps == 3 * plan.steps_per_epoch
+        assert (
+            plan.rows == per_batch
+            and plan.steps_per_epoch == math.ceil(len(rows) / per_batch)
+            and plan.total_steps == 3 * plan.steps_per_epoch
+        )
     assert Plan.of(rows, config(batch_tokens=8, grad_accum_steps=4)).steps_per_epoch == math.ceil(len(rows) / 4)
 
 
@@ -257,7 +268,10 @@ def test_autocast_is_real_on_a_cpu(amp, expected):
 
 
 def test_bf16_learns_as_float32_does():
-    losses = {amp: [row["loss"] for row in fitted(model(), max_steps=30, epochs=30, lr=0.01, amp=amp).history_] for amp in ("bf16", "fp32")}
+    losses = {
+        amp: [row["loss"] for row in fitted(model(), max_steps=30, epochs=30, lr=0.01, amp=amp).history_]
+        for amp in ("bf16", "fp32")
+    }
     assert losses["bf16"] != losses["fp32"]
     assert losses["bf16"][0] == pytest.approx(losses["fp32"][0], rel=0.01)
     ends = [sum(rows[-10:]) / 10 for rows in losses.values()]
@@ -327,9 +341,21 @@ def test_fit_that_diverges_keeps_the_last_good_checkpoint(tmp_path):
 def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(monkeypatch):
     module, losses, kept = tiny(), iter([3.0, 1.0, 2.0, 0.5, 0.5, 4.0]), []
     monkeypatch.setattr(trainer, "evaluate", lambda *args, **options: next(losses))
-    history = train(module, examples(60), config(epochs=9, max_steps=12, eval_interval_steps=2, log_interval_steps=5, save_interval_steps=5),
-                    val_examples=examples(), save=lambda name: kept.append((name, None)))  # fmt: skip
-    assert [(row["step"], row["val_loss"]) for row in history if row["val_loss"] is not None] == [(2, 3.0), (4, 1.0), (6, 2.0), (8, 0.5), (10, 0.5), (12, 4.0)]
+    history = train(
+        module,
+        examples(60),
+        config(epochs=9, max_steps=12, eval_interval_steps=2, log_interval_steps=5, save_interval_steps=5),
+        val_examples=examples(),
+        save=lambda name: kept.append((name, None)),
+    )
+    assert [(row["step"], row["val_loss"]) for row in history if row["val_loss"] is not None] == [
+        (2, 3.0),
+        (4, 1.0),
+        (6, 2.0),
+        (8, 0.5),
+        (10, 0.5),
+        (12, 4.0),
+    ]
     assert [name for name, _ in kept] == ["best", "best", "last", "best", "last", "last"]
     # Logged every fifth step from the first, at each validation, and at the last.
     assert [row["step"] for row in history] == [1, 2, 4, 6, 8, 10, 11, 12]
@@ -339,8 +365,19 @@ def test_best_and_last_in_a_run_folder(tmp_path):
     # The validation text is of another language than the training text, so learning one unlearns the other.
     prepared, foreign = data(), data()
     foreign = type(prepared)(["zxqj" * 30], tokenizer=prepared.tokenizer, max_length=16)
-    lm = model().fit(prepared, foreign, batch_tokens=64, epochs=9, max_steps=20, lr=0.02, warmup_steps=0, eval_interval_steps=1, progress=False,
-                     checkpoint_dir=tmp_path, amp="fp32")  # fmt: skip
+    lm = model().fit(
+        prepared,
+        foreign,
+        batch_tokens=64,
+        epochs=9,
+        max_steps=20,
+        lr=0.02,
+        warmup_steps=0,
+        eval_interval_steps=1,
+        progress=False,
+        checkpoint_dir=tmp_path,
+        amp="fp32",
+    )
     val_losses = [row["val_loss"] for row in lm.history_]
     assert len(val_losses) == 20 and min(val_losses) < val_losses[-1] - 0.05
     best, last = (psannLM.load(folder, device="cpu") for folder in (tmp_path / "best", tmp_path))
@@ -350,10 +387,14 @@ def test_best_and_last_in_a_run_folder(tmp_path):
 
 
 def test_a_run_folder_holds_what_happened(tmp_path):
-    lm = fitted(model(), data(val_split=0.3), max_steps=7, epochs=9, log_interval_steps=3, eval_interval_steps=4, checkpoint_dir=tmp_path)
+    lm = fitted(
+        model(), data(val_split=0.3), max_steps=7, epochs=9, log_interval_steps=3, eval_interval_steps=4, checkpoint_dir=tmp_path
+    )
     with open(tmp_path / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == list(COLUMNS) and [int(row["step"]) for row in rows] == [1, 4, 7] == [row["step"] for row in lm.history_]
+    assert list(rows[0]) == list(COLUMNS) and [int(row["step"]) for row in rows] == [1, 4, 7] == [
+        row["step"] for row in lm.history_
+    ]
     for written, row in zip(rows, lm.history_):
         for name in COLUMNS:
             assert written[name] == ("" if row[name] is None else str(row[name]))
