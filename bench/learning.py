@@ -82,8 +82,7 @@ def read_corpus(path: Path) -> str:
 
 
 def run_ours(name: str, text: str, seed: int, steps: int) -> dict[str, Any]:
-    data = psannLMDataPrep([text], tokenizer="simple", max_length=WINDOW, val_split=0.1)
-    torch.manual_seed(seed)
+    data = psannLMDataPrep([text], tokenizer="simple", max_length=WINDOW, val_split=0.1, seed=seed)
     model = psannLM(**SIZE, **MODELS[name])
     examples_a_epoch = len(data) // ROWS
     began = time.perf_counter()

@@ -83,7 +83,7 @@ class psannLMDataPrep:
     def _examples(self, texts: Sequence[str], max_length: int, name: str) -> Examples:
         stream = pack(self.tokenizer.encode_batch(texts), self.eos_id, self.vocab_size)
         return Examples(
-            stream, max_length, eos_id=self.eos_id, pad_id=self.pad_id, pack=self.config.pack_sequences, name=name
+            stream, max_length, eos_id=self.eos_id, pad_id=self.pad_id, pack=self.config.pack_sequences, seed=self.config.seed, name=name
         )
 
 

@@ -48,6 +48,7 @@ class Examples(torch.utils.data.Dataset):
     max_length   tokens of a window, T; a shorter stream (not packed: a shorter longest document) shrinks it, and the log says so
     eos_id       the separator; wherever it stands, a document ends
     pad_id       fills the rest of a window; each such token is a document of its own, and its target is IGNORED
+    seed         of the order in which an epoch takes the examples
     name         what the log calls the stream
     pack         True: windows lie end to end. False: every document, with the separator before it, has windows of its own
 
@@ -61,7 +62,7 @@ class Examples(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, stream: np.ndarray, max_length: int, *, eos_id: int, pad_id: int, pack: bool = True, name: str = "text"
+        self, stream: np.ndarray, max_length: int, *, eos_id: int, pad_id: int, pack: bool = True, seed: int = 1337, name: str = "text"
     ) -> None:
         if max_length < 1:
             raise ValueError(f"Examples: max_length is {max_length}; a window has at least 1 token")
@@ -70,6 +71,7 @@ class Examples(torch.utils.data.Dataset):
         if len(stream) < 3 or stream[0] != eos_id or stream[-1] != eos_id:
             raise ValueError(f"Examples: the stream has {len(stream)} tokens; it must hold a text between two separators {eos_id}")
         self.stream, self.eos_id, self.pad_id, self.is_packed = stream, eos_id, pad_id, pack
+        self.seed = seed
         self.target_tokens = len(stream) - 1
         if pack:
             longest = self.target_tokens
@@ -138,14 +140,14 @@ class Examples(torch.utils.data.Dataset):
             "document_starts": torch.from_numpy(document_starts),
         }
 
-    def order(self, epoch: int, seed: int) -> np.ndarray:
+    def order(self, epoch: int) -> np.ndarray:
         """The order of the examples in an epoch: a permutation, (len,) int64, the same on every machine."""
         # Sorting raw draws: numpy may change how it shuffles, but not what its bit generators give.
-        return np.argsort(_draws(seed, epoch, 0, count=len(self)), kind="stable")
+        return np.argsort(_draws(self.seed, epoch, 0, count=len(self)), kind="stable")
 
-    def offset(self, epoch: int, seed: int) -> int:
+    def offset(self, epoch: int) -> int:
         """Tokens by which `batch` shifts the windows of an epoch, so that epochs cut a text differently; 0 unless packed."""
-        return int(_draws(seed, epoch, 1, count=1)[0]) % self.window if self.is_packed else 0
+        return int(_draws(self.seed, epoch, 1, count=1)[0]) % self.window if self.is_packed else 0
 
 
 def _draws(*entropy: int, count: int) -> np.ndarray:
