@@ -20,6 +20,7 @@ from psann_kernels.damped_sine import MODES
 POSITIONAL_ENCODINGS = ("rope", "alibi", "sinusoidal")
 AMP_CHOICES = ("auto", "bf16", "fp16", "fp32", "none")
 DDP_CHOICES = ("auto", "on", "off")
+NAN_POLICIES = ("stop", "skip")
 TOKENIZERS = ("auto", "simple", "sentencepiece", "tokenizers")
 SINE_PARAMETERS = ("amplitude", "frequency", "damping")
 
@@ -257,7 +258,7 @@ class DataConfig:
     max_length: int = _option(256, _whole(1), "tokens of a training window")
     pack_sequences: bool = _option(True, _flag, "pack documents end to end (attention stays inside each document)")
     val_split: float = _option(0.0, _real(0, 1, open_high=True), "fraction of the text held out for validation")
-    seed: int = _option(1337, _whole(0), "seed of the split and of the tokenizer's sample")
+    seed: int = _option(1337, _whole(0), "seed of the split, of the order of the examples and of the tokenizer's sample")
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -272,16 +273,19 @@ class TrainConfig:
     batch_tokens: int = _option(8192, _whole(1), "approximate tokens of a micro-batch")
     grad_accum_steps: int = _option(1, _whole(1), "micro-batches of an optimizer step")
     lr: float = _option(1e-3, _real(0, open_low=True), "peak learning rate")
-    min_lr_ratio: float = _option(0.0, _real(0, 1), "learning rate at the end of the cosine, as a fraction of lr")
+    min_lr_ratio: float = _option(0.0, _real(0, 1), "where the cosine ends, after the last step, as a fraction of lr")
     warmup_steps: int = _option(100, _whole(0), "optimizer steps of linear warmup; at most a tenth of the run")
     weight_decay: float = _option(0.1, _real(0), "AdamW weight decay, on matrices only")
     beta1: float = _option(0.9, _real(0, 1, open_high=True), "AdamW decay of the first moment")
     beta2: float = _option(0.99, _real(0, 1, open_high=True), "AdamW decay of the second moment")
     label_smoothing: float = _option(0.0, _real(0, 1, open_high=True), "label smoothing of the cross-entropy")
     grad_clip: float = _option(1.0, _real(0), "largest global gradient norm; 0 does not clip")
+    nan_policy: str = _option(
+        "stop", _one_of(*NAN_POLICIES), "at a NaN or infinite loss or gradient: 'stop', or 'skip' that step (20 in a row still stop)"
+    )
     amp: str = _option("auto", _one_of(*AMP_CHOICES), "mixed precision: 'auto', 'bf16', 'fp16' (CUDA only), 'fp32' or 'none'")
     ddp: str = _option("auto", _one_of(*DDP_CHOICES), "data-parallel training: 'auto' is one process here")
-    seed: int = _option(1337, _whole(0), "seed of dropout and of the order of examples")
+    seed: int = _option(1337, _whole(0), "seed of dropout, and of the first weights where fit builds the model")
     checkpoint_dir: str | Path | None = _option(
         None, _text, "run folder: checkpoints, metrics.csv, loss.png, resolved configuration (default: nothing is written)", optional=True
     )

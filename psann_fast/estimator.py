@@ -29,7 +29,7 @@ from .models import build_model
 from .train import checkpoint
 from .train.precision import resolve_device
 from .train.run_folder import RunFolder
-from .train.trainer import evaluate, train
+from .train.trainer import check, evaluate, train
 
 _LOG = logging.getLogger("psann_fast")
 
@@ -65,7 +65,7 @@ class psannLM:
     def module(self) -> nn.Module:
         """The nn.Module, on its device: `module(input_ids (B, T) int64, document_starts=None) -> logits (B, T, vocab_size)`.
 
-        Initialised from torch's random state on first access. Raises ValueError while vocab_size is unknown.
+        Initialised from torch's random state on first access (by fit from TrainConfig.seed). Raises ValueError while vocab_size is unknown.
         """
         if self._module is None:
             if self.config.vocab_size is None:
@@ -129,7 +129,9 @@ class psannLM:
         val_data   validation data; default: data.val_dataset
         options    fields of TrainConfig (epochs, batch_tokens, lr, max_steps, amp, checkpoint_dir, ...), or train_config= alone
 
-        A second fit continues from the present weights with a new optimizer and a new schedule; to restart, make a new psannLM.
+        Where the module is not built yet, fit draws its weights from TrainConfig.seed. The data's own seed (DataConfig) orders the
+        examples. A second fit continues from the present weights with a new optimizer and a new schedule; to restart, make a new
+        psannLM. history_ has a row for each log interval of this call, those before an interruption or divergence too.
         With checkpoint_dir the folder receives the model (readable by load) every save_interval_steps and at the end, best/ at
         each new lowest validation loss, config.yaml, metrics.csv and loss.png. The weights held afterwards are the last ones.
 
@@ -142,19 +144,26 @@ class psannLM:
         for name, value in (("data", data), ("val_data", val_data)):
             if not isinstance(value, psannLMDataPrep) and (name == "data" or value is not None):
                 raise TypeError(f"fit: {name} is a {type(value).__name__}; pass psannLMDataPrep(texts, ...)")
-        self._adopt(data)
+        fill = self._missing_for(data)
         if val_data is not None and not _is_same(val_data.tokenizer, data.tokenizer):
             raise ValueError("fit: val_data has another tokenizer than data; pass psannLMDataPrep(texts, tokenizer=data.tokenizer)")
         val_examples = val_data.dataset if val_data is not None else data.val_dataset
-        module = self.module
-        _LOG.info("training %s parameters on %s tokens", f"{module.num_parameters():,}", f"{data.train_tokens:,}")
+        config = configuration.changed(self.config, **fill)
+        check(settings, resolve_device(config.device))
+        module = self._module if self._module is not None else self._drawn(config, settings.seed)
         folder = settings.checkpoint_dir
-        resolved = {"model": configuration.to_dict(self.config), "train": configuration.to_dict(settings)}
+        resolved = {"model": configuration.to_dict(config), "train": configuration.to_dict(settings)}
         run_folder = None if folder is None else RunFolder(folder, {**resolved, "data": configuration.to_dict(data.config)})
+        # From here on nothing is left to refuse, so the model may change.
+        is_new, self._module, self.tokenizer, self.history_ = self._module is None, module, data.tokenizer, []
+        self.config = module.config = config
+        if is_new:
+            self._say_what_runs_as_auto()
+        _LOG.info("training %s parameters on %s tokens", f"{module.num_parameters():,}", f"{data.train_tokens:,}")
         places = {} if folder is None else {"last": Path(folder), "best": Path(folder) / "best"}
         try:
-            self.history_ = train(
-                module, data.dataset, settings, val_examples=val_examples, run=run_folder,
+            train(
+                module, data.dataset, settings, val_examples=val_examples, run=run_folder, history=self.history_,
                 save=(lambda name: self.save(places[name])) if places else None,
             )  # fmt: skip
         finally:
@@ -162,8 +171,16 @@ class psannLM:
                 run_folder.close()
         return self
 
-    def _adopt(self, data: psannLMDataPrep) -> None:
-        """Take tokenizer, vocabulary and window from the data, or say why they do not fit."""
+    @staticmethod
+    def _drawn(config: ModelConfig, seed: int) -> nn.Module:
+        """A new module on its device, its weights drawn from `seed`; the caller's random state does not move."""
+        device = resolve_device(config.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return build_model(config).to(device).eval()
+
+    def _missing_for(self, data: psannLMDataPrep) -> dict[str, int]:
+        """The options that the data decides because they were not given. Raises ValueError if the data does not fit the model."""
         if self.tokenizer is not None and not _is_same(self.tokenizer, data.tokenizer):
             raise ValueError(
                 "fit: the model was trained with another tokenizer than this data has; "
@@ -174,14 +191,8 @@ class psannLM:
                 f"fit: vocab_size is {self.config.vocab_size}, but the data has {data.vocab_size} token ids; "
                 f"pass vocab_size={data.vocab_size} or more to psannLM"
             )
-        fill = {}
-        if self.config.vocab_size is None:
-            fill["vocab_size"] = data.vocab_size
-        if self.config.max_length is None:
-            fill["max_length"] = data.dataset.window
-        if fill:
-            self.set_params(**fill)
-        self.tokenizer = data.tokenizer
+        found = {"vocab_size": data.vocab_size, "max_length": data.dataset.window}
+        return {name: value for name, value in found.items() if getattr(self.config, name) is None}
 
     def score(self, texts: Iterable[str]) -> dict[str, float]:
         """How well the model predicts held-out texts: nats_per_token, bits_per_byte (UTF-8), perplexity, tokens, bytes.

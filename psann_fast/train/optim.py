@@ -33,8 +33,11 @@ def warmup_length(config: TrainConfig, total_steps: int) -> int:
 
 
 def learning_rate(step: int, total_steps: int, warmup: int, config: TrainConfig) -> float:
-    """Rate of optimizer step `step` (from 0): linear warmup to lr, then a cosine to min_lr_ratio * lr at the last step."""
+    """Rate of optimizer step `step` (from 0): linear warmup to lr, then a cosine that reaches min_lr_ratio * lr after the last step.
+
+    After, not at: with a ratio of 0 the last step would move nothing.
+    """
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total_steps - 1 - warmup)
+    progress = (step - warmup) / (total_steps - warmup)
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))

@@ -8,17 +8,22 @@ from typing import Any, Mapping, Sequence
 
 import yaml
 
-COLUMNS = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds")
+COLUMNS = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "skipped_steps", "tokens", "tokens_per_second", "seconds")
+
+
+# What a run writes beside its checkpoints; an earlier run's files keep their content under other names.
+FILES = ("config.yaml", "metrics.csv", "loss.png")
 
 
 class RunFolder:
-    """A folder for one run; created here, an older run's metrics.csv is continued below a new header row."""
+    """A folder for one run, created here. What an earlier run left in it is renamed: metrics.csv to metrics-001.csv and so on."""
 
     def __init__(self, path: str | Path, configuration: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
+        _set_aside(self.path)
         (self.path / "config.yaml").write_text(yaml.safe_dump(dict(configuration), sort_keys=False), encoding="utf-8")
-        self._file = open(self.path / "metrics.csv", "a", newline="", encoding="utf-8")
+        self._file = open(self.path / "metrics.csv", "x", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, COLUMNS)
         self._writer.writeheader()
         self._rows: list[Mapping[str, Any]] = []
@@ -34,6 +39,20 @@ class RunFolder:
         self._file.close()
         if self._rows:
             plot_loss(self._rows, self.path / "loss.png")
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename the files of an earlier run, all with the same number, the first that is free."""
+    held = [folder / name for name in FILES if (folder / name).exists()]
+    number = 1
+    while any(_numbered(folder / name, number).exists() for name in FILES):
+        number += 1
+    for path in held:
+        path.rename(_numbered(path, number))
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}-{number:03d}{path.suffix}")
 
 
 def plot_loss(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:

@@ -15,16 +15,13 @@ from torch.nn import functional as F
 
 from ..config import TrainConfig
 from ..data.packing import IGNORED, Examples
+from .guard import Guard, TrainingDiverged, check_weights
 from .optim import build_optimizer, learning_rate, warmup_length
 from .precision import autocast, resolve_amp
 from .progress import Progress
 from .run_folder import RunFolder
 
 _LOG = logging.getLogger("psann_fast")
-
-
-class TrainingDiverged(FloatingPointError):
-    """The loss or a gradient is NaN or infinite. The weights are those before the failing step."""
 
 
 @dataclass
@@ -51,23 +48,24 @@ def train(
     val_examples: Examples | None = None,
     run: RunFolder | None = None,
     save: Callable[[str], None] | None = None,
+    history: list[dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Train `module` in place on its own device; returns the rows of metrics (every log interval, and the last step).
 
-    save  save(name) writes a checkpoint: "last" every save_interval_steps and at the end, "best" at each new lowest validation loss
+    save     save(name) writes a checkpoint: "last" every save_interval_steps and at the end, "best" at each new lowest validation loss
+    history  the list that receives the rows, so that those of a run that is interrupted are not lost (default: a new one)
 
     Raises ValueError for options that this device cannot serve, TrainingDiverged at NaN or infinity.
     """
     device = next(module.parameters()).device
-    dtype = resolve_amp(config.amp, device)
-    if config.ddp == "on":
-        raise ValueError("ddp is 'on', but this version trains in one process; use ddp='auto' or 'off'")
+    dtype = check(config, device)
     plan = Plan.of(examples, config)
     warmup = warmup_length(config, plan.total_steps)
     optimizer = build_optimizer(module, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    guard = Guard(optimizer, scaler, config, device)
     learning = [p for p in module.parameters() if p.requires_grad]
-    history: list[dict[str, Any]] = []
+    history = [] if history is None else history
     best, tokens_seen, began = math.inf, 0, time.perf_counter()
     logged_at, logged_tokens = began, 0
     bar = Progress(plan.total_steps, shown=config.progress)
@@ -92,18 +90,13 @@ def train(
                 norm = nn.utils.clip_grad_norm_(learning, config.grad_clip if config.grad_clip > 0 else math.inf)
                 is_last = step + 1 == plan.total_steps
                 is_logged = is_last or step % config.log_interval_steps == 0
-                # On a CPU the check is free; on a GPU it would wait for the device, so there it is made when a row is logged.
-                if dtype != torch.float16 and (is_logged or device.type == "cpu") and not torch.isfinite(loss + norm):
-                    raise TrainingDiverged(
-                        f"loss is {loss.item()} and the gradient norm {norm.item()} at optimizer step {step + 1}; the weights are those "
-                        f"before it. Lower lr (it is {config.lr:g}), lengthen warmup_steps, or use amp='fp32'"
-                    )
-                scaler.step(optimizer)
-                scaler.update()
+                guard.step(step + 1, loss, norm)
                 optimizer.zero_grad(set_to_none=True)
                 tokens_seen += targets
                 bar.step()
+                is_saved = save is not None and (is_last or (step + 1) % config.save_interval_steps == 0)
                 is_validated = val_examples is not None and (is_last or (step + 1) % config.eval_interval_steps == 0)
+                skipped = guard.check() if is_logged or is_validated or is_saved else 0
                 if is_logged or is_validated:
                     now = time.perf_counter()
                     row = {
@@ -113,6 +106,7 @@ def train(
                         "val_loss": None,
                         "lr": rate,
                         "grad_norm": norm.item(),
+                        "skipped_steps": skipped,
                         "tokens": tokens_seen,
                         "tokens_per_second": (tokens_seen - logged_tokens) / max(now - logged_at, 1e-9),
                         "seconds": now - began,
@@ -124,18 +118,27 @@ def train(
                         if row["val_loss"] < best:
                             best = row["val_loss"]
                             if save is not None:
+                                check_weights(module, step + 1)
                                 save("best")
                     history.append(row)
                     if run is not None:
                         run.add(row)
                     # After the validation, whose time is not training's.
                     logged_at, logged_tokens = time.perf_counter(), tokens_seen
-                if save is not None and (is_last or (step + 1) % config.save_interval_steps == 0):
+                if is_saved:
+                    check_weights(module, step + 1)
                     save("last")
         finally:
             bar.close()
             module.eval()
     return history
+
+
+def check(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype, or None. Raises ValueError for options that `device` cannot serve, before anything is touched."""
+    if config.ddp == "on":
+        raise ValueError("ddp is 'on', but this version trains in one process; use ddp='auto' or 'off'")
+    return resolve_amp(config.amp, device)
 
 
 def batch_loss(module: nn.Module, batch: dict[str, Tensor], device: torch.device, label_smoothing: float = 0.0) -> Tensor:
@@ -176,7 +179,7 @@ def _steps(examples: Examples, plan: Plan, config: TrainConfig) -> Iterator[list
     """The micro-batches of each optimizer step."""
     done, rows = 0, plan.rows * config.grad_accum_steps
     for epoch in range(config.epochs):
-        order, offset = examples.order(epoch, config.seed), examples.offset(epoch, config.seed)
+        order, offset = examples.order(epoch), examples.offset(epoch)
         for first in range(0, len(order), rows):
             if done == plan.total_steps:
                 return

@@ -75,6 +75,7 @@ OUT_OF_RANGE = {
         "beta2": FRACTION,
         "label_smoothing": FRACTION,
         "grad_clip": NOT_NEGATIVE,
+        "nan_policy": ["raise", "", None],
         "amp": ["float16", "", None],
         "ddp": ["yes", True, None],
         "seed": WHOLE_OR_ZERO,

@@ -12,7 +12,7 @@ from psann_fast import psannLM, psannLMDataPrep
 from psann_fast.cli import USER_ERRORS
 from psann_fast.data import load_tokenizer
 from psann_fast.train.checkpoint import CheckpointError
-from psann_fast.train.trainer import TrainingDiverged
+from psann_fast.train.guard import TrainingDiverged
 from psann_kernels import BackendError, triton_support
 from tiny import data, fitted, model, tiny, tokens
 

@@ -144,6 +144,33 @@ def test_data_that_does_not_fit_the_model():
         fitted(fitted(model(vocab_size=300)), other)
 
 
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda lm, prepared, folder: lm.fit(prepared, amp="fp16", checkpoint_dir=folder), "amp is 'fp16'"),
+        (lambda lm, prepared, folder: lm.fit(prepared, ddp="on", checkpoint_dir=folder), "ddp is 'on'"),
+        (lambda lm, prepared, folder: lm.fit(prepared, data(tokenizer="tokenizers", tokenizer_vocab_size=300), checkpoint_dir=folder), "val_data"),
+        (lambda lm, prepared, folder: lm.set_params(base="none").fit(prepared, checkpoint_dir=folder), "base is 'none'"),
+    ],
+)  # fmt: skip
+def test_a_fit_that_is_refused_changes_nothing(wrong, message, tmp_path):
+    lm = psannLM(d_model=16, n_layers=1, n_heads=2, device="cpu")
+    lm.history_ = earlier = [{"step": 1}]
+    state = torch.random.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        wrong(lm, data(), tmp_path / "run")
+    assert lm.tokenizer is None and lm.config.vocab_size is None and lm.config.max_length is None and lm.history_ is earlier
+    assert lm._module is None and not (tmp_path / "run").exists() and torch.equal(state, torch.random.get_rng_state())
+
+
+def test_a_run_folder_that_cannot_be_made_changes_nothing(tmp_path):
+    (tmp_path / "file").write_text("x")
+    lm = psannLM(d_model=16, n_layers=1, n_heads=2, device="cpu")
+    with pytest.raises(FileExistsError):
+        lm.fit(data(), checkpoint_dir=tmp_path / "file")
+    assert lm.tokenizer is None and lm.config.vocab_size is None and lm._module is None
+
+
 def test_the_log_says_how_much_is_trained_on_what(caplog):
     lm, prepared = model(), data()
     with caplog.at_level(logging.INFO, "psann_fast"):

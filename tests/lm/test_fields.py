@@ -262,6 +262,9 @@ def val_split():
 def data_seed():
     chosen = {tuple(data(val_split=0.4, seed=seed).val_texts) for seed in range(6)}
     assert len(chosen) > 1 and data(val_split=0.4, seed=3).val_texts == data(val_split=0.4, seed=3).val_texts
+    # The order of the examples too: the first step of training has another loss, with the same weights.
+    firsts = [fitted(model(), data(seed=seed), max_steps=1, batch_tokens=32).history_[0]["loss"] for seed in (1, 1, 2)]
+    assert firsts[0] == firsts[1] != firsts[2]
 
 
 # -- TrainConfig ----------------------------------------------------------------------------------------------------------------
@@ -305,7 +308,8 @@ def lr():
 
 @shows(TrainConfig, "min_lr_ratio")
 def min_lr_ratio():
-    assert history(lr=0.01)[-1]["lr"] == 0 and history(lr=0.01, min_lr_ratio=0.5)[-1]["lr"] == pytest.approx(0.005)
+    last = [history(lr=0.01, max_steps=4, warmup_steps=0, min_lr_ratio=ratio)[-1]["lr"] for ratio in (0.0, 0.5, 1.0)]
+    assert last == pytest.approx([0.01 * 0.14645, 0.01 * (0.5 + 0.5 * 0.14645), 0.01], rel=1e-3)
 
 
 @shows(TrainConfig, "warmup_steps")
@@ -368,7 +372,28 @@ def ddp():
 
 @shows(TrainConfig, "seed")
 def train_seed():
-    assert torch.equal(weights(seed=1), weights(seed=1)) and not torch.equal(weights(seed=1), weights(seed=2))
+    # Dropout of a model that is there, and the first weights of one that is not; not the order of the examples.
+    dropped = [fitted(model(dropout=0.3), max_steps=1, seed=seed).history_[0]["loss"] for seed in (1, 1, 2)]
+    assert dropped[0] == dropped[1] != dropped[2]
+    assert torch.equal(weights(seed=1), weights(seed=2))
+    fresh = [
+        fitted(psannLM(base="respsann", d_model=16, n_layers=1, n_heads=2, device="cpu"), max_steps=1, seed=seed).history_[0]["loss"]
+        for seed in (1, 1, 2)
+    ]
+    assert fresh[0] == fresh[1] != fresh[2]
+
+
+@shows(TrainConfig, "nan_policy")
+def nan_policy():
+    for policy, steps in (("stop", 1), ("skip", 4)):
+        lm, calls = model(), []
+        lm.module.lm_head.register_forward_hook(lambda _, args, out, calls=calls: out * (calls.append(1) or (1 if len(calls) != 2 else float("nan"))))
+        if policy == "stop":
+            with pytest.raises(FloatingPointError):
+                fitted(lm)
+        else:
+            fitted(lm, nan_policy="skip")
+        assert len(lm.history_) == steps
 
 
 @shows(TrainConfig, "checkpoint_dir")

@@ -11,14 +11,15 @@ import pytest
 import torch
 from psann_fast import TrainConfig, psannLM
 from psann_fast.data import IGNORED, Examples, pack
-from psann_fast.train import trainer
+from psann_fast.train import guard, trainer
 from psann_fast.train.optim import learning_rate, warmup_length
 from psann_fast.train.precision import cpu_has_bf16, resolve_amp, resolve_device
 from psann_fast.train.run_folder import COLUMNS
-from psann_fast.train.trainer import Plan, TrainingDiverged, batch_loss, evaluate, train
+from psann_fast.train.guard import Guard, TrainingDiverged
+from psann_fast.train.trainer import Plan, batch_loss, evaluate, train
 from tiny import BASES, data, fitted, model, tiny, tokens
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 
 def examples(documents: int = 20, window: int = 8, packed: bool = True, seed: int = 0) -> Examples:
@@ -201,9 +202,27 @@ def test_warmup_then_cosine_to_the_ratio(stepped):
     assert len(rates) == 40 and [row["lr"] for row in history] == rates
     assert rates[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
     for step in range(4, 40):
-        along = (step - 4) / (39 - 4)
+        along = (step - 4) / (40 - 4)
         assert rates[step] == pytest.approx(0.01 * (0.1 + 0.9 * (1 + math.cos(math.pi * along)) / 2))
-    assert rates[-1] == pytest.approx(0.001) and max(rates) == pytest.approx(0.01)
+    assert rates[-1] > 0.001 and max(rates) == pytest.approx(0.01)
+    settings = config(lr=0.01, min_lr_ratio=0.1)
+    assert learning_rate(40, 40, 4, settings) == pytest.approx(0.001), "the minimum comes after the last step"
+
+
+def test_the_last_step_moves_the_weights(monkeypatch):
+    # A cosine that is 0 at the last step wastes it.
+    module = tiny()
+    before = {}
+
+    def before_last(optimizer, args, kwargs):
+        before.update({name: p.detach().clone() for name, p in module.named_parameters()})
+
+    handle = register_optimizer_step_pre_hook(before_last)
+    try:
+        train(module, examples(60), config(max_steps=5, epochs=9, lr=0.1, weight_decay=0))
+    finally:
+        handle.remove()
+    assert all((p - before[name]).abs().max() > 1e-4 for name, p in module.named_parameters())
 
 
 @pytest.mark.parametrize(
@@ -216,7 +235,8 @@ def test_a_call_ends_at_the_smaller_of_epochs_and_max_steps_and_so_does_the_sche
     history = train(tiny(), rows, config(warmup_steps=0, min_lr_ratio=0.25, lr=0.01, **options))
     rates = rates_of(stepped)
     assert len(rates) == steps == history[-1]["step"]
-    assert rates[0] == pytest.approx(0.01) and rates[-1] == pytest.approx(0.0025)
+    last = 0.25 + 0.75 * (1 + math.cos(math.pi * (steps - 1) / steps)) / 2
+    assert rates[0] == pytest.approx(0.01) and rates[-1] == pytest.approx(0.01 * last)
     assert [row["epoch"] for row in history] == [1 + step // 3 for step in range(steps)]
 
 
@@ -237,7 +257,7 @@ def test_no_run_is_too_short_for_its_schedule(steps, warmup_steps):
     settings = TrainConfig(lr=1.0, warmup_steps=warmup_steps)
     warmup = warmup_length(settings, steps)
     rates = [learning_rate(step, steps, warmup, settings) for step in range(steps)]
-    assert all(0 <= rate <= 1 for rate in rates) and rates[0] > 0 and max(rates) == 1.0
+    assert all(0 < rate <= 1 for rate in rates) and max(rates) == 1.0
 
 
 def test_the_plan():
@@ -335,6 +355,113 @@ def test_fit_that_diverges_keeps_the_last_good_checkpoint(tmp_path):
     assert len(list(csv.DictReader(open(tmp_path / "metrics.csv")))) == 2
 
 
+@pytest.fixture(params=["looks at every step", "looks when a row is logged"])
+def looking(request, monkeypatch):
+    """Both ways of a Guard; the second is how it works on a GPU, where looking would wait for the device."""
+    is_gpu = request.param == "looks when a row is logged"
+    if is_gpu:
+        monkeypatch.setattr(trainer, "Guard", type("OnGPU", (Guard,), {"waits": property(lambda self: False, lambda self, value: None)}))
+    return is_gpu
+
+
+def poisoned(module, *steps: int) -> list[dict[str, torch.Tensor]]:
+    """Makes the loss of these steps NaN; returns the list that receives the weights before each step."""
+    held = []
+
+    def spoil(_, args, out):
+        held.append({name: p.detach().clone() for name, p in module.named_parameters()})
+        return out * math.nan if len(held) in steps else out
+
+    module.lm_head.register_forward_hook(spoil)
+    return held
+
+
+def is_at(module, weights) -> bool:
+    return all(torch.equal(p, weights[name]) for name, p in module.named_parameters())
+
+
+def test_stop_keeps_the_weights_before_the_failing_step_however_late_it_is_seen(looking):
+    module, saved = tiny(), []
+    held = poisoned(module, 3)  # and never again: later steps could move the weights
+    with pytest.raises(TrainingDiverged, match="loss is nan .* at optimizer step 3; the weights are those before it"):
+        train(module, examples(), config(epochs=9, max_steps=9, log_interval_steps=100, save_interval_steps=5), save=saved.append)
+    assert len(held) == (5 if looking else 3) and saved == [], "seen at the save of step 5 at the latest"
+    assert is_at(module, held[2]) and not is_at(module, held[1])
+
+
+def test_skip_leaves_out_the_failing_steps_alone(looking, caplog):
+    module = tiny()
+    held = poisoned(module, 3, 6)
+    history = train(module, examples(), config(epochs=9, max_steps=8, nan_policy="skip"))
+    still = [all(torch.equal(after[name], before[name]) for name in after) for before, after in zip(held, held[1:])]
+    assert still == [False, False, True, False, False, True, False]
+    assert [row["skipped_steps"] for row in history] == [0, 0, 1, 1, 1, 2, 2, 2]
+    assert [math.isnan(row["loss"]) for row in history] == [step in (3, 6) for step in range(1, 9)]
+    assert "at optimizer step 3: 1 steps skipped so far" in caplog.text and "at optimizer step 6: 2 steps" in caplog.text
+    # Moments and Adam's count of steps were left alone too: the same as a run that never had those batches' steps.
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_skip_gives_up_after_twenty_in_a_row(looking):
+    module = tiny()
+    held = poisoned(module, *range(3, 100))
+    with pytest.raises(TrainingDiverged, match=f"{guard.MOST_SKIPS_IN_A_ROW} steps in a row were skipped; the weights are those before"):
+        train(module, examples(60), config(epochs=99, max_steps=60, nan_policy="skip"))
+    assert len(held) == 2 + guard.MOST_SKIPS_IN_A_ROW and is_at(module, held[2])
+
+
+def test_float16_skips_overflow_and_stops_where_it_never_ends(monkeypatch):
+    # float16 is refused on a CPU because it is slow there; what it does is the same.
+    monkeypatch.setattr(trainer, "resolve_amp", lambda amp, device: torch.float16)
+    module = tiny()
+    held = poisoned(module, 3)
+    history = train(module, examples(), config(epochs=9, max_steps=6))
+    assert [row["skipped_steps"] for row in history] == [0, 0, 1, 1, 1, 1] and is_at(module, held[0]) is False
+    assert all(torch.equal(held[3][name], held[2][name]) for name in held[2])
+    module = tiny()
+    held = poisoned(module, *range(3, 100))
+    with pytest.raises(TrainingDiverged, match="steps in a row were skipped"):
+        train(module, examples(60), config(epochs=99, max_steps=60))
+    assert is_at(module, held[2]) and len(held) <= 2 + guard.MOST_SKIPS_IN_A_ROW
+
+
+def test_weights_that_are_not_finite_are_never_saved():
+    module, saved = tiny(), []
+
+    def overflow(optimizer, args, kwargs):
+        if len(seen) == 3:
+            module.blocks[0].mlp.fc1.bias.data[1] = math.inf
+        seen.append(1)
+
+    seen = []
+    handle = register_optimizer_step_post_hook(overflow)
+    try:
+        with pytest.raises(TrainingDiverged, match="a weight is NaN or infinite after optimizer step 4; nothing was saved since"):
+            train(module, examples(), config(epochs=9, save_interval_steps=2), save=lambda name: saved.append(len(seen)))
+    finally:
+        handle.remove()
+    assert saved == [2]
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, TrainingDiverged])
+def test_history_is_that_of_this_fit_when_it_ends_early(ending):
+    lm = fitted(max_steps=5, epochs=9)
+
+    def end(_, args, out):
+        calls.append(1)
+        if len(calls) == 3:
+            if ending is KeyboardInterrupt:
+                raise KeyboardInterrupt
+            return out * math.nan
+        return out
+
+    calls = []
+    lm.module.lm_head.register_forward_hook(end)
+    with pytest.raises(ending):
+        fitted(lm, lr=0.0123)
+    assert [row["step"] for row in lm.history_] == [1, 2] and lm.history_[0]["lr"] == 0.0123
+
+
 # -- validation and checkpoints -------------------------------------------------------------------------------------------------
 
 
@@ -404,6 +531,19 @@ def test_a_run_folder_holds_what_happened(tmp_path):
     settings = (tmp_path / "config.yaml").read_text()
     assert "max_steps: 7" in settings and "d_model: 16" in settings and "val_split: 0.3" in settings
     assert (tmp_path / "best" / "manifest.json").is_file()
+
+
+def test_a_folder_that_is_used_again_keeps_both_runs(tmp_path):
+    for steps in (2, 3, 1):
+        fitted(max_steps=steps, checkpoint_dir=tmp_path)
+    runs = {}
+    for name in ("metrics-001.csv", "metrics-002.csv", "metrics.csv"):
+        with open(tmp_path / name, newline="") as file:
+            runs[name] = list(csv.reader(file))
+    assert [len(rows) - 1 for rows in runs.values()] == [2, 3, 1]
+    assert all(rows[0] == list(COLUMNS) and COLUMNS[0] not in [row[0] for row in rows[1:]] for rows in runs.values())
+    for number, steps in (("-001", 2), ("-002", 3), ("", 1)):
+        assert f"max_steps: {steps}" in (tmp_path / f"config{number}.yaml").read_text() and (tmp_path / f"loss{number}.png").is_file()
 
 
 # -- fit again ------------------------------------------------------------------------------------------------------------------
