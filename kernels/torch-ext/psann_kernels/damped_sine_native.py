@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from .damped_sine import MODES, OP
+from .direct import shortcut
 from .library import define
-from .native import NATIVE, TYPES, as_rows, refuses_device, refuses_dtype
+from .native import NATIVE, TYPES, refuses_device, refuses_dtype, rows_of
 
 
 def _forward(z: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, mode: str) -> Tensor:
-    y = torch.empty(z.shape, dtype=z.dtype)
+    y = torch.empty_like(z, memory_format=torch.contiguous_format)
     if z.numel() == 0:
         return y
-    rows = as_rows(z)
+    memory, rows, stride = rows_of(z)
     amplitude, frequency, damping = (t.contiguous() for t in (amplitude, frequency, damping))
     NATIVE.damped_sine_forward(
-        rows.data_ptr(), amplitude.data_ptr(), frequency.data_ptr(), damping.data_ptr(), y.data_ptr(), *rows.shape, rows.stride(0),
+        memory.data_ptr(), amplitude.data_ptr(), frequency.data_ptr(), damping.data_ptr(), y.data_ptr(), rows, z.shape[-1], stride,
         TYPES[z.dtype], MODES.index(mode), torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -32,15 +33,15 @@ def _forward(z: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, m
 def _backward(
     dy: Tensor, z: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, mode: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dz = torch.empty(z.shape, dtype=z.dtype)
-    gradients = [torch.empty(t.shape) for t in (amplitude, frequency, damping)]
+    dz = torch.empty_like(z, memory_format=torch.contiguous_format)
+    gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (amplitude, frequency, damping)]
     if z.numel() == 0:
         return dz, *(t.zero_() for t in gradients)
-    rows, dy_rows = as_rows(z), as_rows(dy)
+    (memory, rows, stride), (dy_memory, _, dy_stride) = rows_of(z), rows_of(dy)
     amplitude, frequency, damping = (t.contiguous() for t in (amplitude, frequency, damping))
     NATIVE.damped_sine_backward(
-        rows.data_ptr(), dy_rows.data_ptr(), amplitude.data_ptr(), frequency.data_ptr(), damping.data_ptr(), dz.data_ptr(),
-        *(t.data_ptr() for t in gradients), *rows.shape, rows.stride(0), dy_rows.stride(0),
+        memory.data_ptr(), dy_memory.data_ptr(), amplitude.data_ptr(), frequency.data_ptr(), damping.data_ptr(), dz.data_ptr(),
+        *[t.data_ptr() for t in gradients], rows, z.shape[-1], stride, dy_stride,
         TYPES[z.dtype], MODES.index(mode), torch.get_num_threads(),
     )  # fmt: skip
     return dz, *gradients
@@ -52,7 +53,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *damped_sine_native_backward(dy, *ctx.saved_tensors, ctx.mode), None
+    return *_call_backward(dy, *ctx.saved_tensors, ctx.mode), None
 
 
 damped_sine_native_backward = define(
@@ -68,6 +69,8 @@ damped_sine_native = define(
     _differentiate,
     _setup_context,
 )
+_call_backward = shortcut(damped_sine_native_backward, _backward)
+_call = shortcut(damped_sine_native, _forward, _differentiate, _setup_context)
 
 
 def refuses(z: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, *, mode: str = "abs") -> str | None:
@@ -76,4 +79,4 @@ def refuses(z: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, *,
 
 @OP.offer("native", refuses)
 def _serve(z: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, *, mode: str = "abs") -> Tensor:
-    return damped_sine_native(z, amplitude, frequency, damping, mode)
+    return _call(z, amplitude, frequency, damping, mode)

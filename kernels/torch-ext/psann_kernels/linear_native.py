@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .direct import shortcut
 from .library import define
 from .linear import OP
-from .native import NATIVE, TYPES, address, as_rows, refuses_device, refuses_dtype
+from .native import NATIVE, TYPES, address, refuses_device, refuses_dtype, rows_of
 
 WEIGHT_TYPES = {**TYPES, torch.int8: 3}
 # More rows reuse each weight enough for a matrix product that blocks for the caches to be faster.
@@ -21,15 +22,18 @@ MAX_ROWS = 8
 
 
 def _forward(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    y = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype)
+    outputs, inputs = weight.shape
+    y = x.new_empty((*x.shape[:-1], outputs))
     if y.numel() == 0:
         return y
-    rows, weight = as_rows(x), as_rows(weight)
+    if inputs == 0:
+        return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
+    (memory, rows, stride), (weight, _, weight_stride) = rows_of(x), rows_of(weight)
     scale = None if scale is None else scale.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     NATIVE.linear(
-        rows.data_ptr(), weight.data_ptr(), address(scale), address(bias), y.data_ptr(), *rows.shape, weight.shape[0],
-        rows.stride(0), weight.stride(0), TYPES[x.dtype], WEIGHT_TYPES[weight.dtype], torch.get_num_threads(),
+        memory.data_ptr(), weight.data_ptr(), address(scale), address(bias), y.data_ptr(), rows, inputs, outputs, stride, weight_stride,
+        TYPES[x.dtype], WEIGHT_TYPES[weight.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -58,6 +62,7 @@ linear_native = define(
     _differentiate,
     _setup_context,
 )
+_call = shortcut(linear_native, _forward, _differentiate, _setup_context)
 
 
 def refuses(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None) -> str | None:
@@ -71,4 +76,4 @@ def refuses(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Ten
 
 @OP.offer("native", refuses)
 def _serve(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    return linear_native(x, weight, scale, bias)
+    return _call(x, weight, scale, bias)

@@ -82,6 +82,15 @@ def as_rows(t: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
+def rows_of(t: Tensor) -> tuple[Tensor, int, int]:
+    """t (..., F) as memory to read (keep it alive), the number of its rows, and the elements from one to the next; F >= 1."""
+    if t.is_contiguous():
+        features = t.shape[-1]
+        return t, t.numel() // features, features
+    rows = as_rows(t)
+    return rows, rows.shape[0], rows.stride(0)
+
+
 def refuses_device(t: Tensor) -> str | None:
     """Why the C++ kernels cannot run on t's device, or None."""
     if t.device.type == "cpu":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .direct import shortcut
 from .library import define
 from .native import NATIVE, TYPES, address, refuses_device, refuses_dtype
 from .paged_attention import APPEND
@@ -36,6 +37,8 @@ paged_append_native = define(
     _forward,
     lambda *arguments: None,
 )
+_call = shortcut(paged_append_native, _forward)
+
 
 def refuses(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, **options: object) -> str | None:
     return refuses_device(k) or refuses_dtype("k", k) or refuses_cache(k_cache, v_cache)
@@ -46,4 +49,4 @@ def _serve(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, *, positions: Tensor | None = None,
     cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = True,
 ) -> None:  # fmt: skip
-    paged_append_native(k, v, k_cache, v_cache, slot_mapping, positions, cos, sin, interleaved)
+    _call(k, v, k_cache, v_cache, slot_mapping, positions, cos, sin, interleaved)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .direct import shortcut
 from .library import define
 from .native import NATIVE, TYPES, address, refuses_device, refuses_dtype
 from .paged_attention import ATTENTION
@@ -29,7 +30,7 @@ def _forward(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor, cos: Tensor | None,
     sin: Tensor | None, interleaved: bool, softmax_scale: float, window: int, alibi_slopes: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    o = torch.empty(q.shape, dtype=q.dtype)
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
     if q.numel() == 0:
         return o
     q, seq_lens, cu_seqlens_q = unit_heads(q), seq_lens.contiguous(), cu_seqlens_q.contiguous()
@@ -55,6 +56,7 @@ paged_attention_native = define(
     _forward,
     lambda q, *arguments: q.new_empty(q.shape),
 )
+_call = shortcut(paged_attention_native, _forward)
 
 
 def refuses_cache(k_cache: Tensor, v_cache: Tensor) -> str | None:
@@ -75,6 +77,6 @@ def _serve(
     window: int | None = None, alibi_slopes: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return paged_attention_native(
+    return _call(
         q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, cos, sin, interleaved, softmax_scale, window or 0, alibi_slopes
     )

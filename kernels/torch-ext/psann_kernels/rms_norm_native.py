@@ -12,22 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .direct import shortcut
 from .library import define
-from .native import NATIVE, TYPES, address, as_rows, refuses_device, refuses_dtype
+from .native import NATIVE, TYPES, address, refuses_device, refuses_dtype, rows_of
 from .rms_norm import OP
 
 
 def _add_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
-    y = torch.empty(x.shape, dtype=x.dtype)
-    h = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    h = None if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return y, h
-    rows = as_rows(x)
-    added = rows if residual is None else as_rows(residual)
+    memory, rows, stride = rows_of(x)
+    added, _, added_stride = (None, 0, 0) if residual is None else rows_of(residual)
     weight = weight.contiguous()
     NATIVE.rms_norm_forward(
-        rows.data_ptr(), 0 if residual is None else added.data_ptr(), weight.data_ptr(), y.data_ptr(), address(h), *rows.shape,
-        rows.stride(0), added.stride(0), eps, TYPES[x.dtype], TYPES[weight.dtype], torch.get_num_threads(),
+        memory.data_ptr(), address(added), weight.data_ptr(), y.data_ptr(), address(h), rows, x.shape[-1], stride, added_stride, eps,
+        TYPES[x.dtype], TYPES[weight.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y, h
 
@@ -37,16 +38,16 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    dx, dweight = torch.empty(h.shape, dtype=h.dtype), torch.empty(weight.shape)
+    dx = torch.empty_like(h, memory_format=torch.contiguous_format)
+    dweight = torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
     if h.numel() == 0:
         return dx, dweight.zero_().to(weight.dtype)
-    rows, dy_rows = as_rows(h), as_rows(dy)
-    dh_rows = dy_rows if dh is None else as_rows(dh)
+    (memory, rows, stride), (dy_memory, _, dy_stride) = rows_of(h), rows_of(dy)
+    dh_memory, _, dh_stride = (None, 0, 0) if dh is None else rows_of(dh)
     weight = weight.contiguous()
     NATIVE.rms_norm_backward(
-        rows.data_ptr(), dy_rows.data_ptr(), 0 if dh is None else dh_rows.data_ptr(), weight.data_ptr(), dx.data_ptr(),
-        dweight.data_ptr(), *rows.shape, rows.stride(0), dy_rows.stride(0), dh_rows.stride(0), eps, TYPES[h.dtype],
-        TYPES[weight.dtype], torch.get_num_threads(),
+        memory.data_ptr(), dy_memory.data_ptr(), address(dh_memory), weight.data_ptr(), dx.data_ptr(), dweight.data_ptr(), rows,
+        h.shape[-1], stride, dy_stride, dh_stride, eps, TYPES[h.dtype], TYPES[weight.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return dx, dweight.to(weight.dtype)
 
@@ -58,7 +59,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     h, weight = ctx.saved_tensors
-    return *rms_norm_native_backward(dy, None, h, weight, ctx.eps), None
+    return *_call_backward(dy, None, h, weight, ctx.eps), None
 
 
 def _add_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -72,7 +73,7 @@ def _add_differentiate(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[
     if dy is None:
         return dh, dh, None, None
     h, weight = ctx.saved_tensors
-    dx, dweight = rms_norm_native_backward(dy, dh, h, weight, ctx.eps)
+    dx, dweight = _call_backward(dy, dh, h, weight, ctx.eps)
     return dx, dx, dweight, None
 
 
@@ -95,6 +96,9 @@ add_rms_norm_native = define(
     _add_differentiate,
     _add_setup_context,
 )
+_call_backward = shortcut(rms_norm_native_backward, _backward)
+_call = shortcut(rms_norm_native, _forward, _differentiate, _setup_context)
+_call_add = shortcut(add_rms_norm_native, _add_forward, _add_differentiate, _add_setup_context)
 
 
 def refuses(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, eps: float = 1e-6) -> str | None:
@@ -103,4 +107,4 @@ def refuses(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, eps: f
 
 @OP.offer("native", refuses)
 def _serve(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, eps: float = 1e-6) -> Tensor | tuple[Tensor, Tensor]:
-    return rms_norm_native(x, weight, eps) if residual is None else add_rms_norm_native(x, residual, weight, eps)
+    return _call(x, weight, eps) if residual is None else _call_add(x, residual, weight, eps)

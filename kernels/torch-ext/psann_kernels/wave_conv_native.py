@@ -13,25 +13,26 @@ import torch
 from torch import Tensor
 
 from .damped_sine import MODES
+from .direct import shortcut
 from .library import define
-from .native import NATIVE, TYPES, address, as_rows, refuses_device, refuses_dtype
+from .native import NATIVE, TYPES, address, rows_of, refuses_device, refuses_dtype
 from .wave_conv import OP
 
 
 def _described(x: Tensor, weight: Tensor, *tensors_and_options: Any) -> tuple[tuple[int, ...], list[Tensor | None]]:
     """What both kernels take, in the order of csrc's WaveConv, and the tensors that must outlive the call."""
     bias, amplitude, frequency, damping, cu_seqlens, state, dilation, mode = tensors_and_options
-    rows = as_rows(x)
-    keep = [rows, state, weight.float(), None if bias is None else bias.float(), amplitude, frequency, damping, cu_seqlens]
+    memory, rows, stride = rows_of(x)
+    keep = [memory, state, weight.float(), None if bias is None else bias.float(), amplitude, frequency, damping, cu_seqlens]
     keep[1:] = [None if t is None else t.contiguous() for t in keep[1:]]
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     row_length = x.shape[1] if x.dim() == 3 else 0
-    numbers = (*rows.shape, weight.shape[1], dilation, documents, row_length, rows.stride(0), TYPES[x.dtype], MODES.index(mode))
+    numbers = (rows, x.shape[-1], weight.shape[1], dilation, documents, row_length, stride, TYPES[x.dtype], MODES.index(mode))
     return (*map(address, keep), *numbers), keep
 
 
 def _forward(x: Tensor, *rest: Any) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return y
     conv, keep = _described(x, *rest)
@@ -40,16 +41,17 @@ def _forward(x: Tensor, *rest: Any) -> Tensor:
 
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.empty(weight.shape)
-    sums = [torch.empty(weight.shape[:1]) for _ in ("bias", "amplitude", "frequency", "damping")]
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dweight = x.new_empty(weight.shape, dtype=torch.float32)
+    sums = [x.new_empty(weight.shape[:1], dtype=torch.float32) for _ in ("bias", "amplitude", "frequency", "damping")]
     if x.numel() == 0:
         for t in (dweight, *sums):
             t.zero_()
     else:
         conv, keep = _described(x, weight, bias, *rest)
-        dy_rows = as_rows(dy)
+        dy_memory, _, dy_stride = rows_of(dy)
         NATIVE.wave_conv_backward(
-            conv, dy_rows.data_ptr(), dx.data_ptr(), dweight.data_ptr(), *(t.data_ptr() for t in sums), dy_rows.stride(0),
+            conv, dy_memory.data_ptr(), dx.data_ptr(), dweight.data_ptr(), *[t.data_ptr() for t in sums], dy_stride,
             torch.get_num_threads(),
         )  # fmt: skip
     sums[0] = sums[0].to((weight if bias is None else bias).dtype)
@@ -62,7 +64,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = list(wave_conv_native_backward(dy, *ctx.saved_tensors, ctx.dilation, ctx.mode))
+    gradients = list(_call_backward(dy, *ctx.saved_tensors, ctx.dilation, ctx.mode))
     if ctx.saved_tensors[2] is None:
         gradients[2] = None
     return *gradients, None, None, None, None
@@ -85,6 +87,8 @@ wave_conv_native_backward = define(
 wave_conv_native = define(
     f"wave_conv_native({_ARGUMENTS}) -> Tensor", _forward, lambda x, *rest: x.new_empty(x.shape), _differentiate, _setup_context
 )
+_call_backward = shortcut(wave_conv_native_backward, _backward)
+_call = shortcut(wave_conv_native, _forward, _differentiate, _setup_context)
 
 
 def refuses(x: Tensor, weight: Tensor, *parameters: Tensor, **options: Any) -> str | None:
@@ -98,4 +102,4 @@ def _serve(
     x: Tensor, weight: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, *, bias: Tensor | None = None, dilation: int = 1,
     cu_seqlens: Tensor | None = None, state: Tensor | None = None, mode: str = "abs",
 ) -> Tensor:  # fmt: skip
-    return wave_conv_native(x, weight, bias, amplitude, frequency, damping, cu_seqlens, state, dilation, mode)
+    return _call(x, weight, bias, amplitude, frequency, damping, cu_seqlens, state, dilation, mode)

@@ -1,0 +1,100 @@
+"""Calls that leave the dispatcher out give what the op gives, and whatever looks at calls still sees them."""
+
+import pytest
+import torch
+from psann_kernels import damped_sine, direct, linear, native, rms_norm
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytestmark = pytest.mark.skipif(native.NATIVE is None, reason=native.WHY_NOT)
+
+
+def arguments():
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(5, 33, generator=g), *(torch.rand(33, generator=g) for _ in range(3))]
+
+
+def serve(*tensors):
+    return damped_sine(*tensors, backend="native")
+
+
+class Calls(TorchDispatchMode):
+    """Names of what the dispatcher runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_op_gives_the_same_bits(monkeypatch):
+    leaves = [t.requires_grad_() for t in arguments()]
+    dy = torch.randn(5, 33)
+
+    def run():
+        y = serve(*leaves)
+        return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+    directly = run()
+    monkeypatch.setattr(direct, "_is_watched", lambda: True)
+    for a, b in zip(directly, run()):
+        assert torch.equal(a, b)
+
+
+def test_a_mode_sees_the_op():
+    with Calls() as calls:
+        serve(*arguments())
+    assert any("damped_sine_native" in name for name in calls.names)
+
+
+def test_a_trace_holds_the_op():
+    tensors = arguments()
+    graph = make_fx(serve)(*tensors)
+    assert "damped_sine_native" in graph.code
+    assert torch.equal(torch.jit.trace(lambda z: serve(z, *tensors[1:]), tensors[0])(2 * tensors[0]), serve(2 * tensors[0], *tensors[1:]))
+
+
+def test_a_profile_names_the_op():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        serve(*arguments())
+    assert any("damped_sine_native" in event.name for event in profile.events())
+
+
+def test_fake_tensors_run_no_kernel():
+    with FakeTensorMode() as mode:
+        y = serve(*(mode.from_tensor(t) for t in arguments()))
+    assert type(y).__name__ == "FakeTensor" and y.shape == (5, 33)
+
+
+def test_a_subclass_is_dispatched():
+    class Marked(torch.Tensor):
+        pass
+
+    z, *parameters = arguments()
+    assert type(serve(z.as_subclass(Marked), *parameters)) is Marked
+
+
+def test_derivatives_that_it_lacks_are_errors():
+    z, *parameters = arguments()
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda t: serve(t, *parameters), (z,), (z,))
+    with pytest.raises(RuntimeError):
+        torch.func.grad(lambda t: serve(t, *parameters).sum())(z)
+    z.requires_grad_()
+    with pytest.raises(RuntimeError, match="damped_sine_native.*has no derivative .*backend='torch' has all"):
+        torch.autograd.grad(serve(z, *parameters).sum(), z, create_graph=True)
+
+
+def test_a_parameter_keeps_its_gradient_and_inference_gives_none():
+    weight = torch.nn.Parameter(torch.ones(33))
+    z = arguments()[0]
+    rms_norm(z, weight, backend="native").sum().backward()
+    assert weight.grad is not None
+    with torch.no_grad():
+        assert not rms_norm(z, weight, backend="native").requires_grad
+    with torch.inference_mode():
+        assert linear(z, z, backend="native").is_inference()
