@@ -13,6 +13,9 @@ class PSANNConfig(PreTrainedConfig):
     wave_kernel, wave_dilations   taps of the wave branch; dilations, taken in turn by the layers
     sine                  mode ("abs", "relu", "none"), learnable (names), bounds {name: [least, largest]}, and for fresh weights
                           amplitude, frequency, damping and their *_std
+    separator_token_id    this id is a document of its own, and the tokens after it see neither it nor what is before; None: no id is.
+                          Through a cache, generate keeps to it; continuous batching, and forward with a cache, see only the
+                          separators among the new tokens
     """
 
     model_type = "psann"
@@ -34,6 +37,7 @@ class PSANNConfig(PreTrainedConfig):
         wave_kernel=4,
         wave_dilations=(1, 2, 4),
         sine=None,
+        separator_token_id=None,
         use_cache=True,
         tie_word_embeddings=False,
         **kwargs,
@@ -54,6 +58,7 @@ class PSANNConfig(PreTrainedConfig):
         self.wave_kernel = wave_kernel
         self.wave_dilations = list(wave_dilations)
         self.sine = sine or {}
+        self.separator_token_id = separator_token_id
         self.use_cache = use_cache
         # What a cache keeps for each layer: keys and values, and with a wave branch its last inputs.
         self.layer_types = ["hybrid" if base == "waveresnet" else "full_attention"] * num_hidden_layers

@@ -35,7 +35,8 @@ def to_transformers(model: psannLM) -> Any:
     config, state = _their_config(model.config), model.module.state_dict()
     if model.tokenizer is not None:
         config.pad_token_id, config.eos_token_id = model.tokenizer.pad_id, model.tokenizer.eos_id
-        config.bos_token_id = model.tokenizer.eos_id  # what opens a document: the end of the one before
+        # What opens a document is the end of the one before, which stands alone in training.
+        config.bos_token_id = config.separator_token_id = model.tokenizer.eos_id
     with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and then replaced
         theirs = PSANNForCausalLM(config)
     dtype = next(iter(state.values())).dtype
@@ -225,7 +226,8 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 {loads}{runs}```
 
 `trust_remote_code` runs `modeling_psann.py` and `configuration_psann.py` of this folder: read them first. They need transformers 5.23 or
-newer, and use the fused kernels of psann-fast where it is installed. `psann-fast import` brings the folder back.
+newer, and use the fused kernels of psann-fast where it is installed. `psann-fast import` brings the folder back. The id between documents
+(`separator_token_id`, also BOS and EOS) stands alone, as in training: a text gives the same with and without it in front.
 
 ## Training
 

@@ -1,4 +1,5 @@
-"""Our tokenizers as tokenizers of the `tokenizers` library, which transformers reads: the same ids for every text."""
+"""Our tokenizers as tokenizers of the `tokenizers` library, which transformers reads: the same ids for every text, the same text for
+ids. Where ids spell no UTF-8, one of SentencePiece writes U+FFFD for each byte of the run of bytes, and ours for what is broken alone."""
 
 from __future__ import annotations
 
@@ -44,10 +45,24 @@ def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _simple(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    # A character without an id falls to its bytes; ASCII has none, so each is its one byte.
-    vocabulary = {PAD: tokenizer.pad_id, EOS: tokenizer.eos_id} | {f"<0x{byte:02X}>": FIRST_BYTE + byte for byte in range(256)}
-    vocabulary |= {character: FIRST_CHARACTER + i for i, character in enumerate(tokenizer.characters)}
-    return _byte_fallback(vocabulary, [])
+    # Each character is a word: whole where it has an id, else its bytes, which is what no merges leave. Over bytes rather than with
+    # byte_fallback, whose decoder turns all bytes around a broken one, and here that is all ASCII, to U+FFFD.
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    spelt = {character: words.pre_tokenize_str(character)[0][0] for character in tokenizer.characters}
+    vocabulary = {PAD: tokenizer.pad_id, EOS: tokenizer.eos_id}
+    vocabulary |= {character: FIRST_BYTE + byte for byte, character in _byte_alphabet().items()}
+    vocabulary |= {spelt[character]: FIRST_CHARACTER + i for i, character in enumerate(tokenizer.characters)}
+    fast = _named(tokenizers.Tokenizer(models.BPE(vocabulary, [], ignore_merges=True)))
+    fast.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated"), words])
+    fast.decoder = decoders.ByteLevel()
+    return fast
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """The character that the library writes for each byte: printable ones of Latin-1 for themselves, the others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
 
 
 def _sentencepiece(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
@@ -71,7 +86,7 @@ def _sentencepiece(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
         for cut in range(1, len(piece))
         if piece[:cut] in vocabulary and piece[cut:] in vocabulary
     ]
-    fast = _byte_fallback(vocabulary, merges)
+    fast = _named(tokenizers.Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True)))
     fast.normalizer = normalizers.Replace(" ", SPACE)
     fast.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(f"{SPACE}*[^{SPACE}]+|{SPACE}+"), "isolated")
     fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Replace(SPACE, " "), decoders.Fuse()])
@@ -82,9 +97,7 @@ def _is_word(processor: Any, i: int) -> bool:
     return not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i))
 
 
-def _byte_fallback(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    fast = tokenizers.Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True))
-    fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+def _named(fast: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     fast.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in (PAD, EOS)])
     return fast
 

@@ -191,6 +191,43 @@ def alibi_slopes(num_heads):
     return torch.tensor(slopes + [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(num_heads - power)])
 
 
+def document_positions(input_ids, attention_mask, separator, past=0):
+    """Position of each token in its document, (B, T) int64, so that a text gives the same wherever it stands.
+
+    input_ids        (B, T), or embeddings (B, T, F), in which no separator is seen
+    attention_mask   (B, past + T) or None; padding has no position
+    separator        id that is a document of its own: the text after it begins at 0, as it did in training; None: there is none
+    past             tokens before these
+    """
+    index = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+    if attention_mask is None or attention_mask.dim() != 2:
+        positions = index + past
+    else:
+        positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past : past + index.shape[1]]
+    if input_ids.dim() != 2 or separator is None:
+        return positions
+    is_separator = input_ids == separator
+    begin = torch.where(is_separator | F.pad(is_separator[:, :-1], (1, 0)), index, -1).cummax(1).values
+    return torch.where(begin >= 0, index - begin, positions)
+
+
+def causal_mask(config, x, attention_mask, past_key_values, position_ids):
+    """Who sees whom, in the form that the attention in use takes: a token at position p sees itself and the p tokens before it."""
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    first = torch.arange(x.shape[1], device=x.device) + past - position_ids
+    inside = None
+    if attention_mask is None or attention_mask.dim() == 2:
+        if torch.compiler.is_compiling() or bool((first > 0).any()):
+            first = first.expand(x.shape[0], -1)
+            inside = lambda row, head, query, key: key >= first[row, query - past]  # noqa: E731
+    # ALiBi adds its biases to the mask, so there must be one even where all is plainly causal. transformers is not told the positions:
+    # it would look for packed documents itself, and renumber the queries and keys that `inside` gets.
+    return create_causal_mask(
+        config, x, attention_mask, past_key_values, and_mask_function=inside,
+        allow_is_causal_skip=config.positional_encoding != "alibi",
+    )  # fmt: skip
+
+
 class PSANNPreTrainedModel(PreTrainedModel):
     config_class = PSANNConfig
     base_model_prefix = "model"
@@ -249,15 +286,10 @@ class PSANNModel(PSANNPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            # Padding has no position, so that a text gives the same wherever it stands in its row.
-            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past : past + x.shape[1]]
-        elif position_ids is None:
-            position_ids = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=past_key_values, position_ids=position_ids,
-            allow_is_causal_skip=self.config.positional_encoding != "alibi",
-        )  # fmt: skip
+        if position_ids is None:
+            source = x if input_ids is None else input_ids
+            position_ids = document_positions(source, attention_mask, self.config.separator_token_id, past)
+        mask = causal_mask(self.config, x, attention_mask, past_key_values, position_ids)
         wide = torch.promote_types(x.dtype, torch.float32)
         rotary = None
         if self.config.positional_encoding == "alibi":
@@ -308,12 +340,26 @@ class PSANNForCausalLM(PSANNPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.lm_head = value
 
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, attention_mask=None, **kwargs):
+        # The newest document's beginning may lie among the cached tokens, which forward does not see.
+        separator = self.config.separator_token_id
+        is_whole = kwargs.get("inputs_embeds") is None and (attention_mask is None or attention_mask.shape == input_ids.shape)
+        if is_whole and separator is not None and bool((input_ids == separator).any()):
+            kwargs["position_ids"] = document_positions(input_ids, attention_mask, separator)
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, attention_mask=attention_mask, **kwargs
+        )
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
+        """What generate makes beforehand for a static cache: one mask for all layers, since a wave branch needs none."""
+        return causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, labels=None,
         use_cache=None, logits_to_keep=0, return_dict=None, **kwargs,
     ):  # fmt: skip
-        """Logits (B, T, vocab_size), and with labels (B, T) the mean loss of the next tokens; arguments as of other causal "
-        "models."""
+        """Logits (B, T, vocab_size), and with labels (B, T) the mean loss of the next tokens; arguments as of other causal models."""
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
             inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,

@@ -18,10 +18,6 @@ from psann_fast.train.checkpoint import CheckpointError
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-# Not strict: the cases that fail are static caches under compilation, gradients and logits in float32 at 1e-5, and the text of the
-# exported folder where a random model writes broken UTF-8. What passes here is reported as XPASS.
-pytestmark = pytest.mark.xfail(reason="the export to transformers is not finished", strict=False)
-
 TEXTS = [
     "The river runs past the mill; the mill grinds corn.\n" * 8,
     "Nobody minds 3.14 na\u00efve caf\u00e9s \u2014 or \U0001f642.\n" * 8,
@@ -45,6 +41,14 @@ def tiny(base="waveresnet", positions="rope", tokenizer=None, **options) -> psan
     return model
 
 
+def trained(base: str, tokenizer: str) -> psannLM:
+    """Trained until it writes text: a fresh model writes broken UTF-8."""
+    torch.manual_seed(0)
+    ours = psannLM(base=base, d_model=32, n_layers=2, n_heads=2, device="cpu")
+    data = psannLMDataPrep(TEXTS, tokenizer=tokenizer, tokenizer_vocab_size=290, max_length=64)
+    return ours.fit(data, max_steps=60, epochs=60, batch_tokens=512, lr=1e-2, progress=False)
+
+
 def ids_of(model: psannLM, tokens: int = 13) -> torch.Tensor:
     return torch.randint(3, model.config.vocab_size, (3, tokens), generator=torch.Generator().manual_seed(1))
 
@@ -54,6 +58,7 @@ def ids_of(model: psannLM, tokens: int = 13) -> torch.Tensor:
 @pytest.mark.parametrize("base", BASES)
 def test_logits_padding_packing_and_generation(base, positions):
     ours = tiny(base, positions, sine_params=SINE)
+    ours.module.double()  # where a difference is a bug; the folder below runs in float32
     theirs, ids = to_transformers(ours), ids_of(ours)
     padding, packed = torch.ones_like(ids), torch.tensor([[*range(5), *range(6), 0, 1]] * 3)
     padding[0, :5] = 0
@@ -65,9 +70,9 @@ def test_logits_padding_packing_and_generation(base, positions):
     options = dict(max_new_tokens=7, do_sample=False, pad_token_id=0)
     for implementation in ("sdpa", "eager", "psann_torch"):
         theirs.set_attn_implementation(implementation)
-        torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(theirs(ids, attention_mask=padding).logits[:1, 5:], alone, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(theirs(ids, position_ids=packed, use_cache=False).logits, documents, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(theirs(ids, attention_mask=padding).logits[:1, 5:], alone, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(theirs(ids, position_ids=packed, use_cache=False).logits, documents, rtol=1e-9, atol=1e-9)
         assert torch.equal(theirs.generate(text[:, :8], **options), text)
         batch = theirs.generate(ids, attention_mask=padding, **options)
         assert torch.equal(batch[:1, 5:], text)
@@ -76,27 +81,65 @@ def test_logits_padding_packing_and_generation(base, positions):
     assert torch.equal(with_cache, theirs.generate(ids, attention_mask=padding, num_beams=3, use_cache=False, **options))
 
 
-def test_gradients_and_the_loss():
-    ours = tiny()
+@pytest.mark.parametrize("base", BASES)
+def test_gradients_and_the_loss(base):
+    ours = tiny(base)
+    ours.module.double()
     theirs, ids = to_transformers(ours).train(), ids_of(ours)
     loss = theirs(ids, labels=ids).loss
     expected = torch.nn.functional.cross_entropy(ours.module(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    # transformers computes the loss in float32, whatever the logits.
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     loss.backward()
     expected.backward()
     found = {name.removeprefix("model."): p.grad for name, p in theirs.named_parameters()}
     for name, parameter in ours.module.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+        difference = (found[name] - parameter.grad).abs().max()
+        assert difference <= 1e-6 * parameter.grad.abs().max() + 1e-9, f"{name}: {difference}"
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("base, static", [("respsann", True), ("waveresnet", True)])
-def test_a_static_cache(base, static):
-    theirs, ids = to_transformers(tiny(base)), ids_of(tiny(base))
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("base", BASES)
+def test_a_static_cache(base, positions):
+    ours = tiny(base, positions)
+    ours.module.double()
+    theirs, ids = to_transformers(ours), ids_of(ours)
+    padding = torch.ones_like(ids)
+    padding[0, :5] = 0
     options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
-    for implementation in ("sdpa", "psann_torch"):
+    for mask in (torch.ones_like(ids), padding):
+        expected = theirs.generate(ids, attention_mask=mask, use_cache=False, **options)
+        for implementation in ("sdpa", "eager", "psann_torch"):
+            theirs.set_attn_implementation(implementation)
+            found = theirs.generate(ids, attention_mask=mask, cache_implementation="static", **options)
+            assert torch.equal(found, expected), implementation
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("base", BASES)
+def test_a_separator_stands_alone(base, positions):
+    """As in training: otherwise a text that transformers' tools open with BOS would be judged worse than by score."""
+    ours = tiny(base, positions, tokenizer="simple")
+    ours.module.double()
+    theirs, ids, separator = to_transformers(ours), ids_of(ours), ours.tokenizer.eos_id
+    ids[0, 0] = ids[1, 4] = ids[2, 8] = ids[2, 9] = separator
+    is_separator = ids == separator
+    starts = is_separator | torch.nn.functional.pad(is_separator[:, :-1], (1, 0))
+    expected, padding = ours.module(ids, starts), torch.ones_like(ids)
+    padding[1, :3] = padding[2, :6] = 0
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    for implementation in ("sdpa", "eager", "psann_torch"):
         theirs.set_attn_implementation(implementation)
-        assert torch.equal(theirs.generate(ids, cache_implementation="static", **options), theirs.generate(ids, **options))
+        torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-9, atol=1e-9)
+        for text, begins in zip(ids, (1, 5, 10)):
+            alone = theirs.generate(text[None, begins:], use_cache=False, **options)
+            assert torch.equal(theirs.generate(text[None], **options)[:, begins:], alone)
+            assert torch.equal(theirs.generate(text[None], cache_implementation="static", **options)[:, begins:], alone)
+        batch = theirs.generate(ids, attention_mask=padding, **options)
+        assert torch.equal(batch, theirs.generate(ids, attention_mask=padding, use_cache=False, **options))
+        assert torch.equal(batch[2:, 10:], alone)
 
 
 def test_continuous_batching():
@@ -145,7 +188,7 @@ torch.save({"logits": logits, "text": text}, folder + "/answer.pt")
 
 @pytest.mark.parametrize("base, tokenizer", [("waveresnet", "sentencepiece"), ("respsann", "simple")])
 def test_the_folder_runs_where_psann_fast_is_not_installed(base, tokenizer, tmp_path):
-    ours = tiny(base, tokenizer=tokenizer, vocab_size=300)
+    ours = trained(base, tokenizer)
     folder = tmp_path / "exported"
     assert export(ours, folder) == []
     ids = ids_of(ours)
@@ -159,7 +202,8 @@ def test_the_folder_runs_where_psann_fast_is_not_installed(base, tokenizer, tmp_
     assert done.returncode == 0, done.stderr
     answer = torch.load(folder / "answer.pt", weights_only=True)
     torch.testing.assert_close(answer["logits"], ours.module(ids).detach(), rtol=1e-5, atol=1e-5)
-    assert answer["text"] == "The river" + ours.generate("The river", max_new_tokens=8, temperature=0)
+    text = "The river" + ours.generate("The river", max_new_tokens=8, temperature=0)
+    assert answer["text"] == text and "\ufffd" not in text and len(text) > len("The river")
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
@@ -173,6 +217,11 @@ def test_the_fast_tokenizer_gives_the_same_ids(tokenizer, tmp_path):
         assert fast.decode(ids) == ours.tokenizer.decode(ids), text
     assert (fast.pad_token_id, fast.eos_token_id) == (ours.tokenizer.pad_id, ours.tokenizer.eos_id)
     assert fast.padding_side == "left" and fast.model_max_length == 64
+    # Ids that spell no UTF-8. SentencePiece's counterpart knows another rule for those, so there only whole texts count.
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200 if tokenizer != "sentencepiece" else 0):
+        ids = torch.randint(ours.tokenizer.vocab_size, (12,), generator=generator).tolist()
+        assert fast.decode(ids, skip_special_tokens=True) == ours.tokenizer.decode(ids), ids
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -264,11 +313,10 @@ def test_lm_evals_rolling_loglikelihood_is_our_score(tmp_path):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    data = psannLMDataPrep(TEXTS, tokenizer="simple", max_length=64)
-    ours = psannLM(base="waveresnet", d_model=16, n_layers=2, n_heads=2, device="cpu")
-    ours.fit(data, max_steps=10, batch_tokens=512, lr=1e-2, progress=False)
+    ours = trained("waveresnet", "simple")
     export(ours, tmp_path / "hf")
-    texts = ["The river runs past the mill.", "Nobody minds caf\u00e9s.", "x"]
+    texts = ["The river runs past the mill.", "Nobody minds caf\u00e9s.", "x", TEXTS[0][:320]]
+    # The last takes five whole windows. Where the last window is a part of one, lm-eval gives it more context than score does.
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     task = {
         "task": "rolling", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "texts.jsonl")}},
@@ -284,4 +332,6 @@ def test_lm_evals_rolling_loglikelihood_is_our_score(tmp_path):
         task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
     )  # fmt: skip
     found = results["results"]["rolling"]["bits_per_byte,none"]
-    assert found == pytest.approx(ours.score(texts)["bits_per_byte"], rel=1e-5)
+    scores = [ours.score([text]) for text in texts]  # together they would be packed, and cut elsewhere
+    bits, size = (sum(values) for values in zip(*((score["bits_per_byte"] * score["bytes"], score["bytes"]) for score in scores)))
+    assert found == pytest.approx(bits / size, rel=1e-5)
