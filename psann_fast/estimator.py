@@ -22,6 +22,7 @@ from . import config as configuration
 from .config import ModelConfig, TrainConfig
 from .data import Examples, Tokenizer, pack, psannLMDataPrep, tokenizer_from_files
 from .generate.engine import Request, run
+from .generate.options import EngineOptions
 from .generate.sampling import SamplingParams
 from .generate.text import TextStream
 from .integrations.upstream import convert
@@ -226,8 +227,9 @@ class psannLM:
         """The text that the model writes after `prompt` (without the prompt).
 
         Options: max_new_tokens=128, temperature=1.0, top_k=None, top_p=0.9, min_p=None, repetition_penalty=None, stop=None,
-        seed=None; see SamplingParams. The text ends at max_new_tokens, a stop string or the end of the document. An empty prompt
-        begins a document. Raises TypeError or ValueError for wrong options.
+        seed=None; see SamplingParams. And weights="model", speculate=0; see EngineOptions. The text ends at max_new_tokens, a stop
+        string or the end of the document. An empty prompt begins a document. Raises TypeError or ValueError for wrong options, and
+        for a text that could become longer than memory has room for.
         """
         return self.generate_batch([prompt], **options)[0]
 
@@ -237,27 +239,29 @@ class psannLM:
         seed  for all prompts, or one for each: text i is the one that generate(prompts[i], seed=seed or seed[i]) gives, whatever
               its neighbours. None: a fresh one for each, from torch's random state
         """
-        requests = self._requests("generate_batch", prompts, options, seed)
-        for _ in self._run(requests):
+        requests, engine_options = self._requests("generate_batch", prompts, options, seed)
+        for _ in self._run(requests, engine_options):
             pass
         return [request.text.text for request in requests]
 
     def stream(self, prompt: str, *, seed: int | None = None, **options: Any) -> Iterator[str]:
         """The text of generate in pieces, as soon as each is certain (no character is split). Options as generate."""
-        requests = self._requests("stream", [prompt], options, seed)
-        return (piece for _, piece in self._run(requests) if piece)
+        requests, engine_options = self._requests("stream", [prompt], options, seed)
+        return (piece for _, piece in self._run(requests, engine_options) if piece)
 
-    def _run(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
-        return run(self.module, requests, self.tokenizer.eos_id, self.tokenizer.vocab_size)
+    def _run(self, requests: Sequence[Request], options: EngineOptions) -> Iterator[tuple[Request, str]]:
+        return run(self.module, requests, self.tokenizer.eos_id, self.tokenizer.vocab_size, options)
 
     def _requests(
         self, caller: str, prompts: Sequence[str], options: Mapping[str, Any], seed: int | Sequence[int] | None
-    ) -> list[Request]:
+    ) -> tuple[list[Request], EngineOptions]:
         tokenizer = self._needs_tokenizer(caller)
-        known = [f.name for f in dataclasses.fields(SamplingParams)]
+        known, of_engine = ([f.name for f in dataclasses.fields(kind)] for kind in (SamplingParams, EngineOptions))
         for name in options:
-            if name not in known:
-                raise configuration.unknown_option(caller, name, known)
+            if name not in known + of_engine:
+                raise configuration.unknown_option(caller, name, known + of_engine)
+        engine_options = EngineOptions(**{name: value for name, value in options.items() if name in of_engine})
+        options = {name: value for name, value in options.items() if name in known}
         if isinstance(prompts, str):
             raise ValueError("generate_batch: prompts is one str; pass a list of prompts, or call generate")
         prompts = list(prompts)
@@ -275,7 +279,7 @@ class psannLM:
             tokens = tokenizer.encode(prompt) or [tokenizer.eos_id]
             requests.append(Request(index, tokens, params, TextStream(tokenizer.decode_bytes, params.stop_strings)))
         self._warn_beyond_window(max((r.longest for r in requests), default=0))
-        return requests
+        return requests, engine_options
 
     def _warn_beyond_window(self, longest: int) -> None:
         window = self.config.max_length

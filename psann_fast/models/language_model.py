@@ -6,6 +6,7 @@ import math
 from typing import Callable
 
 import torch
+from psann_kernels.documents import are_values_known
 from torch import Tensor, nn
 
 from ..config import ModelConfig
@@ -49,12 +50,12 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02)
 
     def forward(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
-        """Logits (B, T, vocab_size) of input_ids (B, T) int64.
+        """Logits (B, T, vocab_size) of input_ids (B, T) int64, each 0 to vocab_size - 1.
 
         document_starts  (B, T) bool, True at the first token of each document: attention, positions and the wave branch begin
                          anew there. A row always begins one. None: each row is one document.
 
-        Raises ValueError for other shapes or dtypes.
+        Raises ValueError for other shapes or dtypes, and on a CPU for ids out of range.
         """
         return self.lm_head(self.hidden(input_ids, document_starts))
 
@@ -69,6 +70,7 @@ class LanguageModel(nn.Module):
                 f"document_starts has shape {tuple(document_starts.shape)} and dtype {document_starts.dtype}; it must be bool of "
                 f"input_ids' shape {tuple(input_ids.shape)}, True at the first token of each document"
             )
+        self._check_ids(input_ids)
         batch, tokens = input_ids.shape
         cu_seqlens = None if document_starts is None else document_offsets(document_starts)
         x = self.embed(input_ids)
@@ -80,12 +82,24 @@ class LanguageModel(nn.Module):
     def decode(self, input_ids: Tensor, view: CacheView) -> Tensor:
         """What the output projection takes, (tokens, d_model), for new tokens (tokens,) int64 laid end to end as `view` says.
 
-        Writes their keys, values and wave state into the cache.
+        Writes their keys, values and wave state into the cache. Raises ValueError for an id that is no row of the embedding, on a
+        CPU, where looking at them costs no wait.
         """
+        self._check_ids(input_ids)
         x = self.embed(input_ids)
         if self.config.positional_encoding == "sinusoidal":
             x = x + sinusoidal(view.positions, self.config.d_model).to(x.dtype)
         return self._run(x, view)
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        if input_ids.numel() == 0 or not are_values_known(input_ids):
+            return
+        for worst in input_ids.aminmax():
+            if not 0 <= worst < self.config.vocab_size:
+                raise ValueError(
+                    f"input_ids holds {int(worst)}, but the model's vocab_size is {self.config.vocab_size}: ids are 0 to "
+                    f"{self.config.vocab_size - 1}; encode with the tokenizer that the model was trained with"
+                )
 
     def wave_state_lengths(self) -> list[int]:
         """For each layer, the past inputs that its wave branch remembers while decoding; 0 without a branch."""

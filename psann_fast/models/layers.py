@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Iterator
 
 import torch
-from psann_kernels import DampedSine, OPS, paged_append, paged_attention, rms_norm, rope_attention, rotary_tables, wave_conv, wave_state
+from psann_kernels import DampedSine, OPS, paged_append, paged_attention, rms_norm, rope_attention, rotary_tables, wave_conv
 from psann_kernels.registry import Op, for_model
 from torch import Tensor, nn
 
@@ -34,13 +34,14 @@ class CacheView:
     """The new tokens of several sequences end to end: activations are (tokens, d_model). Lengths are in tokens.
 
     k_cache, v_cache  per layer, (num_blocks, block_size, Hkv, D); keys are stored rotated
-    wave_cache        per layer, (num_slots, state length, d_model), or an empty tuple; zeroed where a sequence begins
+    wave_cache        per layer, (num_blocks, block_size, d_model): what the wave branch took in; width 0 without a memory
     block_table       (B, max_blocks) int32
     seq_lens          (B,) int32, the new tokens included
     cu_seqlens        (B + 1,) int32, sequence b owns new tokens cu_seqlens[b] to cu_seqlens[b + 1]
     positions         (tokens,) int64, position of each new token in its sequence
     slot_mapping      (tokens,) int64, block * block_size + offset of each new token
-    wave_slots        (B,) int64, each sequence's row of wave_cache
+    wave_slots        per layer, (B, state length) int64: slots of the inputs before each sequence's first new token, oldest
+                      first; slot 0, which holds zeros, for those before its begin
     cos, sin          rotary tables, or None
     """
 
@@ -52,7 +53,7 @@ class CacheView:
     cu_seqlens: Tensor
     positions: Tensor
     slot_mapping: Tensor
-    wave_slots: Tensor
+    wave_slots: tuple[Tensor, ...]
     cos: Tensor | None
     sin: Tensor | None
 
@@ -105,6 +106,25 @@ def alibi_slopes(num_heads: int) -> Tensor:
     return torch.tensor(slopes, dtype=torch.float32)
 
 
+class Slopes:
+    """ALiBi slopes in float32 (float64 beside float64 activations), built once for each device and dtype.
+
+    Not a buffer, as RotaryTables is not.
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        self.num_heads = num_heads
+        self._built: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def beside(self, x: Tensor) -> Tensor:
+        """(num_heads,) on x's device."""
+        key = x.device, torch.promote_types(x.dtype, torch.float32)
+        if key not in self._built:
+            with torch.inference_mode(False):  # what generation builds, training uses too
+                self._built[key] = alibi_slopes(self.num_heads).to(*key)
+        return self._built[key]
+
+
 class Attention(nn.Module):
     """Causal self-attention; q, k, v, o projections without bias."""
 
@@ -117,21 +137,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, kv_width, bias=False)
         self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.has_alibi = config.positional_encoding == "alibi"
+        self.slopes = Slopes(self.num_heads) if config.positional_encoding == "alibi" else None
         self.backends = {
             name: for_model(config.backend, OPS[name]) for name in ("rope_attention", "paged_append", "paged_attention")
         }
-
-    def _slopes(self, q: Tensor) -> Tensor | None:
-        if not self.has_alibi:
-            return None
-        return alibi_slopes(self.num_heads).to(q.device, torch.promote_types(q.dtype, torch.float32))
 
     def forward(self, x: Tensor, where: Window | CacheView, layer: int) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        slopes = self._slopes(q)
+        slopes = None if self.slopes is None else self.slopes.beside(q)
         if isinstance(where, Window):
             y = rope_attention(
                 q, k, v, where.cos, where.sin, cu_seqlens=where.cu_seqlens, alibi_slopes=slopes, backend=self.backends["rope_attention"]
@@ -152,7 +167,7 @@ class Attention(nn.Module):
         new = self.q_proj.weight.new_empty
         device = self.q_proj.weight.device
         q, k = new(1, 1, self.num_heads, self.head_dim), new(1, 1, self.num_kv_heads, self.head_dim)
-        slopes = self._slopes(q)
+        slopes = None if self.slopes is None else self.slopes.beside(q)
         yield OPS["rope_attention"], self.backends["rope_attention"], (q, k, k), {"alibi_slopes": slopes}
         cache = new(1, 16, self.num_kv_heads, self.head_dim)
         index = lambda *values, dtype: torch.tensor(values, dtype=dtype, device=device)  # noqa: E731 (three uses on the next lines)
@@ -221,11 +236,10 @@ class WaveBranch(nn.Module):
         if isinstance(where, Window):
             cu_seqlens, state = where.cu_seqlens, None
         else:
-            cu_seqlens, pool = where.cu_seqlens, where.wave_cache[layer]
-            state = pool[where.wave_slots].to(x.dtype)
-            pool[where.wave_slots] = wave_state(
-                x, state, kernel_size=self.kernel_size, dilation=self.dilation, cu_seqlens=cu_seqlens
-            ).to(pool.dtype)
+            cu_seqlens, pool = where.cu_seqlens, where.wave_cache[layer].flatten(0, 1)
+            state = pool[where.wave_slots[layer]].to(x.dtype) if self.state_length else None
+            if self.state_length:
+                pool[where.slot_mapping] = x.to(pool.dtype)
         y = wave_conv(
             x, self.weight, *self.act.parameters_of_sine(), bias=self.bias, dilation=self.dilation,
             cu_seqlens=cu_seqlens, state=state, mode=self.act.mode, backend=self.backend,

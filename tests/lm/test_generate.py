@@ -12,7 +12,9 @@ from psann_fast.data import train_tokenizer
 from psann_fast.generate import cache as cache_module
 from psann_fast.generate import engine
 from psann_fast.generate.cache import PagedCache
+from psann_fast.generate.scheduler import Sequence, Work
 from psann_fast.generate.text import TextStream
+from psann_fast.models import layers
 from scripted import scripted
 from tiny import BASES, POSITIONS, tiny, tokens
 
@@ -58,10 +60,11 @@ def cached_logits(module, rows, cuts, block_size=4):
     Blocks are dealt in a shuffled order. A row that begins late takes the place and blocks of nobody.
     """
     capacity = -(-max(map(len, rows)) // block_size)
-    cache = PagedCache(module, capacity * len(rows), block_size, capacity, len(rows))
-    blocks = random.Random(0).sample(range(capacity * len(rows)), capacity * len(rows))
-    for row in range(len(rows)):
-        cache.begin(row, blocks[row * capacity : (row + 1) * capacity])
+    cache = PagedCache(module, capacity * len(rows), block_size, len(rows))
+    blocks = random.Random(0).sample(range(1, capacity * len(rows) + 1), capacity * len(rows))
+    sequences = [
+        Sequence([], 0, blocks=blocks[row * capacity : (row + 1) * capacity], row=row) for row in range(len(rows))
+    ]
     held, logits = [0] * len(rows), [[] for _ in rows]
     for step in cuts:
         running = [row for row in range(len(rows)) if min(step[row], len(rows[row]) - held[row])]
@@ -69,7 +72,8 @@ def cached_logits(module, rows, cuts, block_size=4):
         ends = [min(held[row] + step[row], len(rows[row])) for row in running]
         ids = torch.cat([rows[row][b:e] for row, b, e in zip(running, begins, ends)])
         with torch.inference_mode():
-            out = module.lm_head(module.decode(ids, cache.view(running, begins, ends)))
+            work = [Work(sequences[row], begin, end) for row, begin, end in zip(running, begins, ends)]
+            out = module.lm_head(module.decode(ids, cache.view(work)))
         for row, part in zip(running, out.split([e - b for b, e in zip(begins, ends)])):
             logits[row].append(part)
         for row, end in zip(running, ends):
@@ -166,35 +170,17 @@ def test_more_requests_than_rows_and_blocks(monkeypatch, base):
     # The penalty remembers what a row has seen, which must not pass to the row's next request.
     options = dict(max_new_tokens=25, seed=0, repetition_penalty=1.5)
     wanted = model.generate_batch(prompts, **options)
-    pools, most = [], []
-
-    class Counted(cache_module.BlockPool):
-        def __init__(self, num_blocks):
-            super().__init__(num_blocks)
-            self.all, self.owned = num_blocks, set()
-            pools.append(self)
-
-        def take(self, count):
-            blocks = super().take(count)
-            assert not self.owned & set(blocks), "a block was dealt twice"
-            self.owned |= set(blocks)
-            most.append(len(self.owned))
-            return blocks
-
-        def give_back(self, blocks):
-            assert self.owned >= set(blocks)
-            self.owned -= set(blocks)
-            super().give_back(blocks)
-
-    monkeypatch.setattr(cache_module, "BlockPool", Counted)
+    engines = []
+    make = engine.Engine.__init__
+    monkeypatch.setattr(engine.Engine, "__init__", lambda self, *args, **options: engines.append(self) or make(self, *args, **options))
     monkeypatch.setattr(engine, "BLOCK_SIZE", 4)
     monkeypatch.setattr(engine, "MAX_ROWS", 3)
     monkeypatch.setattr(engine, "MAX_CACHED_TOKENS", 80)
     monkeypatch.setattr(engine, "CHUNK", 7)
     assert model.generate_batch(prompts, **options) == wanted
     assert len({len(text) for text in wanted}) > 3
-    (pool,) = pools
-    assert pool.all == 20 and not pool.owned and pool.free == 20 and 10 < max(most) <= 20
+    (scheduler,) = (e.scheduler for e in engines)
+    assert scheduler.pool.num_blocks == 20 and scheduler.pool.in_use == 0 and scheduler.preemptions > 0
 
 
 def test_a_request_longer_than_the_usual_cache_gets_one_that_holds_it(monkeypatch):
@@ -249,8 +235,8 @@ def test_each_row_ends_at_its_own_end_of_document(monkeypatch):
 
 def test_finish_reasons(monkeypatch):
     model = scripted(monkeypatch, "0123456789", "abcdef", "xyz")
-    requests = model._requests("test", ["0", "a", "x"], {"max_new_tokens": 4, "stop": "cd"}, None)
-    list(model._run(requests))
+    requests, options = model._requests("test", ["0", "a", "x"], {"max_new_tokens": 4, "stop": "cd"}, None)
+    list(model._run(requests, options))
     assert [(r.text.text, r.finish_reason) for r in requests] == [("1234", "length"), ("b", "stop"), ("yz", "eos")]
 
 
@@ -383,3 +369,53 @@ def test_past_the_window_still_equals_the_whole_pass():
 def test_wrong_calls(call, kind, message):
     with pytest.raises(kind, match=message):
         call(writer())
+
+
+# -- sizes and ids --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_that_memory_cannot_hold_is_refused_with_what_would_fit(monkeypatch):
+    model = writer()
+    monkeypatch.setattr(engine, "available_bytes", lambda device: 1 << 20)
+    per_token = cache_module.bytes_per_token(model.module)
+    fits = int((1 << 20) * 0.8) // per_token // 16 * 16
+    for call in (model.generate, model.stream):  # stream at once, not at its first piece
+        with pytest.raises(ValueError, match=f"max_new_tokens is {10**12} after a prompt of 5 tokens") as caught:
+            call("hello", max_new_tokens=10**12)
+        assert f"memory has room for {fits}; pass max_new_tokens of at most {fits - 4}" in str(caught.value)
+    model.stream("hello", max_new_tokens=fits - 4)
+    with pytest.raises(ValueError, match="shorten the prompt to less than"):
+        model.generate("x" * (fits + 1))
+
+
+def test_a_large_limit_costs_no_memory_until_it_is_used(monkeypatch):
+    model = scripted(monkeypatch, "0123456789")
+    held = []
+    view = PagedCache.view
+    monkeypatch.setattr(PagedCache, "view", lambda self, work: (view(self, work), held.append(self.bytes_held))[0])
+    assert model.generate("0", max_new_tokens=1_000_000) == "123456789"
+    assert 0 < max(held) < 1 << 16
+
+
+def test_ids_that_the_model_does_not_know_are_refused_by_name():
+    model = writer()
+    module = model.module
+    size = module.config.vocab_size
+    for bad in (size, -1):
+        with pytest.raises(ValueError, match=f"input_ids holds {bad}, but the model's vocab_size is {size}"):
+            module(torch.tensor([[0, bad, 1]]))
+        with pytest.raises(ValueError, match=f"the prompt holds token id {bad}, but the model's vocab_size is {size}"):
+            engine.check_ids([0, bad, 1], size)
+    model.tokenizer = train_tokenizer("simple", ["\u4e00\u4e01\u4e02"])  # three more ids than the model has
+    with pytest.raises(ValueError, match=f"token id {size + 2}, .* use the tokenizer that the model was trained with"):
+        model.generate("\u4e02")
+
+
+def test_slopes_are_built_once(monkeypatch):
+    built = []
+    slopes = layers.alibi_slopes
+    monkeypatch.setattr(layers, "alibi_slopes", lambda heads: built.append(heads) or slopes(heads))
+    model = writer(positional_encoding="alibi")
+    model.generate("hello", max_new_tokens=8, temperature=0)
+    model.module(torch.tensor([[1, 2]])).sum().backward()
+    assert built == [2, 2], "once for each of the two layers"

@@ -1,0 +1,34 @@
+"""What runs a step's tokens through the model: its own modules, or a prepared form of it that is faster."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..models import CacheView
+
+
+class Decoder(Protocol):
+    def hidden(self, ids: list[int], view: CacheView) -> Tensor:
+        """(tokens, d_model) for new tokens laid end to end as `view` says, their keys and values written."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(rows, vocab_size) of rows of hidden."""
+
+
+class ModuleDecoder:
+    """The model as it is."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module, self._device = module, module.embed.weight.device
+        self.logits = module.lm_head
+
+    def hidden(self, ids: list[int], view: CacheView) -> Tensor:
+        return self._module.decode(torch.tensor(ids, device=self._device), view)
+
+
+def decoder_for(module: torch.nn.Module, weights: str) -> Decoder:
+    """The fastest decoder that serves the model with these weights."""
+    return ModuleDecoder(module)
