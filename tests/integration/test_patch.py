@@ -12,6 +12,17 @@ from psannlm.architectures import LMArchitectureConfig, LMConfig, LMTemporalConf
 from torch import nn
 
 
+class SineLayer(nn.Module):
+    """The layer of SIREN's own notebook."""
+
+    def __init__(self, in_features, out_features, omega_0=30):
+        super().__init__()
+        self.omega_0, self.linear = omega_0, nn.Linear(in_features, out_features)
+
+    def forward(self, input):
+        return torch.sin(self.omega_0 * self.linear(input))
+
+
 class Sine(nn.Module):
     """SIREN's activation, as its users write it."""
 
@@ -23,17 +34,26 @@ class Sine(nn.Module):
         return torch.sin(self.w0 * x)
 
 
-def psannlm_model(**architecture) -> nn.Module:
+def psannlm_model(positions="rope", dropout=0.0, **architecture) -> nn.Module:
     torch.manual_seed(0)
     config = LMConfig(
-        architecture=LMArchitectureConfig.wave(**architecture), d_model=16, n_layers=2, n_heads=2, d_mlp=24, vocab_size=40
-    )
+        architecture=LMArchitectureConfig.wave(**architecture), d_model=16, n_layers=2, n_heads=2, d_mlp=24, vocab_size=40,
+        positional_encoding=positions, dropout=dropout,
+    )  # fmt: skip
     return build_lm_model(config).model
 
 
 def siren() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(2, 16), Sine(), nn.Linear(16, 16), Sine(1.5), nn.Linear(16, 3))
+
+
+def siren_of_layers() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(SineLayer(2, 16), SineLayer(16, 16), nn.Linear(16, 3))
+    for linear in (model[1].linear, model[2]):
+        nn.init.uniform_(linear.weight, -((6 / 16) ** 0.5) / 30, (6 / 16) ** 0.5 / 30)  # as SIREN's authors do
+    return model
 
 
 def state_of(model: nn.Module) -> dict:
@@ -53,13 +73,16 @@ def results(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 IDS = torch.randint(0, 40, (2, 13), generator=torch.Generator().manual_seed(1))
 MODELS = {
-    "psannlm": (psannlm_model, IDS, {"SineParam": 2, "RMSNorm": 5}),
+    "psannlm": (psannlm_model, IDS, {"SelfAttention": 2, "SineParam": 2, "RMSNorm": 5}),
+    "psannlm, ALiBi": (lambda: psannlm_model("alibi"), IDS, {"SelfAttention": 2, "SineParam": 2, "RMSNorm": 5}),
+    "psannlm, sinusoidal": (lambda: psannlm_model("sinusoidal"), IDS, {"SelfAttention": 2, "SineParam": 2, "RMSNorm": 5}),
     "psannlm with its wave branch": (
         lambda: psannlm_model(temporal=LMTemporalConfig(mode="interleave")),
         IDS,
-        {"SineParam": 4, "RMSNorm": 7},
+        {"SelfAttention": 2, "SineParam": 4, "RMSNorm": 7},
     ),
     "siren": (siren, torch.linspace(-1, 1, 40).view(20, 2), {"Sine": 2}),
+    "siren of layers": (siren_of_layers, torch.linspace(-1, 1, 40).view(20, 2), {"SineLayer": 2}),
 }
 EVERY_MODEL = pytest.mark.parametrize("name", MODELS)
 
@@ -71,8 +94,10 @@ def test_results_report_and_undo(name, backend):
     model = make()
     expected, before, names = results(model, x), state_of(model), list(model.state_dict())
     report = patch(model, backend=backend)
-    for value, wanted in zip(results(model, x), expected, strict=True):
-        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5)
+    logits, *gradients = results(model, x)
+    torch.testing.assert_close(logits, expected[0], rtol=1e-5, atol=1e-5)
+    for gradient, wanted in zip(gradients, expected[1:], strict=True):
+        assert (gradient - wanted).abs().max() <= 1e-5 * wanted.abs().max() + 1e-8
     assert list(model.state_dict()) == names
     found = {old: sum(row.old == old for row in report.replaced) for old in counts}
     assert found == counts and not report.kept
@@ -98,22 +123,41 @@ def test_results_report_and_undo(name, backend):
 
 def test_our_kernels_run(monkeypatch):
     """The results above would be the same if nothing had been replaced."""
-    from psann_fast.integrations import patch as module
+    from psann_fast.integrations import patch_attention, patch_pointwise
 
-    called = []
-    monkeypatch.setattr(module, "damped_sine", lambda z, *a, **o: called.append("sine") or z)
-    monkeypatch.setattr(module, "rms_norm", lambda x, *a, **o: called.append("norm") or x)
-    model = psannlm_model()
-    patched = patch(copy.deepcopy(model), dry_run=True)
-    assert not called or set(called) == {"norm"}  # the probe of a norm
-    monkeypatch.undo()
-    model = psannlm_model()
+    model, called = psannlm_model(), []
     patched = patch(model)
-    monkeypatch.setattr(module, "damped_sine", lambda z, *a, **o: called.append("sine") or z)
-    called.clear()
+    monkeypatch.setattr(patch_pointwise, "damped_sine", lambda z, *a, **o: called.append("sine") or z)
+    monkeypatch.setattr(patch_pointwise, "rms_norm", lambda x, *a, **o: called.append("norm") or x)
+    monkeypatch.setattr(patch_attention, "rope_attention", lambda q, *a, **o: called.append("attention") or q)
     model(IDS)
-    assert called == ["sine"] * 2
+    assert called == ["norm", "attention", "norm", "sine"] * 2 + ["norm"]
     patched.undo()
+    model(IDS)
+    assert len(called) == 9
+
+
+def test_psannlms_attention_with_its_cache():
+    model = psannlm_model()
+    expected = [t for t in (model(IDS, use_cache=True)[0], model(IDS))]
+    report = patch(model, strict=True)
+    assert {row.reason for row in report.rows if row.old == "SelfAttention"} == {"given a cache, it runs its own code"}
+    cached, caches = model(IDS[:, :9], use_cache=True)
+    rest, _ = model(IDS[:, 9:], use_cache=True, past_kvs=caches)
+    torch.testing.assert_close(torch.cat((cached, rest), 1), expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(IDS), expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_attention_that_is_not_what_it_looks_like():
+    dropping, changed = psannlm_model(dropout=0.1), psannlm_model()
+    other = type("SelfAttention", (type(changed.blocks[1].attn),), {"forward": lambda self, x, **options: x})
+    changed.blocks[1].attn.__class__ = other
+    rows = {row.name: row for row in patch(changed).rows}
+    assert rows["blocks.0.attn"].new == "rope_attention" and rows["blocks.1.attn"].new is None
+    assert "does not compute causal attention" in rows["blocks.1.attn"].reason
+    assert {row.reason for row in patch(dropping).kept} == {
+        "it drops attention's probabilities (p = 0.1), and the kernels have no dropout"
+    }
 
 
 def test_only_this_instance_changes():
@@ -149,7 +193,7 @@ def test_dry_run_changes_nothing():
     model = psannlm_model()
     before = state_of(model)
     planned = patch(model, dry_run=True)
-    assert len(planned.replaced) == 7 and state_of(model) == before
+    assert len(planned.replaced) == 9 and state_of(model) == before
     assert patch(model).rows == planned.rows
     planned.undo()
     assert "forward" in vars(model.ln_f)
