@@ -20,6 +20,7 @@ from psann_kernels.damped_sine import MODES
 POSITIONAL_ENCODINGS = ("rope", "alibi", "sinusoidal")
 AMP_CHOICES = ("auto", "bf16", "fp16", "fp32", "none")
 DDP_CHOICES = ("auto", "on", "off")
+OPTIMIZERS = ("adamw", "muon")
 NAN_POLICIES = ("stop", "skip")
 TOKENIZERS = ("auto", "simple", "sentencepiece", "tokenizers")
 SINE_PARAMETERS = ("amplitude", "frequency", "damping")
@@ -275,7 +276,8 @@ class TrainConfig:
     lr: float = _option(1e-3, _real(0, open_low=True), "peak learning rate")
     min_lr_ratio: float = _option(0.0, _real(0, 1), "where the cosine ends, after the last step, as a fraction of lr")
     warmup_steps: int = _option(100, _whole(0), "optimizer steps of linear warmup; at most a tenth of the run")
-    weight_decay: float = _option(0.1, _real(0), "AdamW weight decay, on matrices only")
+    optimizer: str = _option("adamw", _one_of(*OPTIMIZERS), "'adamw', or 'muon' for the matrices of the blocks and adamw for the rest")
+    weight_decay: float = _option(0.1, _real(0), "weight decay, on matrices only")
     beta1: float = _option(0.9, _real(0, 1, open_high=True), "AdamW decay of the first moment")
     beta2: float = _option(0.99, _real(0, 1, open_high=True), "AdamW decay of the second moment")
     label_smoothing: float = _option(0.0, _real(0, 1, open_high=True), "label smoothing of the cross-entropy")
@@ -284,14 +286,29 @@ class TrainConfig:
         "stop", _one_of(*NAN_POLICIES), "at a NaN or infinite loss or gradient: 'stop', or 'skip' that step (20 in a row still stop)"
     )
     amp: str = _option("auto", _one_of(*AMP_CHOICES), "mixed precision: 'auto', 'bf16', 'fp16' (CUDA only), 'fp32' or 'none'")
-    ddp: str = _option("auto", _one_of(*DDP_CHOICES), "data-parallel training: 'auto' is one process here")
+    ddp: str = _option(
+        "auto", _one_of(*DDP_CHOICES), "data-parallel training: 'auto' joins the processes that torchrun started, 'on' needs them"
+    )
+    fsdp: bool = _option(False, _flag, "share weights, gradients and optimizer out over the processes (FSDP2)")
+    compile: bool = _option(False, _flag, "compile model and loss with torch.compile")
+    activation_checkpointing: bool = _option(False, _flag, "keep only the input of each block and compute it again in backward")
     seed: int = _option(1337, _whole(0), "seed of dropout, and of the first weights where fit builds the model")
     checkpoint_dir: str | Path | None = _option(
-        None, _text, "run folder: checkpoints, metrics.csv, loss.png, resolved configuration (default: nothing is written)", optional=True
+        None, _text, "run folder: model, checkpoints, metrics, plot, resolved configuration (default: nothing is written)", optional=True
     )
     log_interval_steps: int = _option(10, _whole(1), "optimizer steps between rows of history_ and metrics.csv")
     save_interval_steps: int = _option(500, _whole(1), "optimizer steps between checkpoints")
+    keep_checkpoints: int = _option(2, _whole(1), "newest checkpoints that stay in checkpoint_dir/checkpoints")
+    async_checkpoints: bool = _option(False, _flag, "write checkpoints beside training, from a copy in memory")
+    resume: str | Path | None = _option(
+        None, _text, "'auto' continues the run in checkpoint_dir, if there is one; or the folder of one checkpoint", optional=True
+    )
     eval_interval_steps: int = _option(200, _whole(1), "optimizer steps between validations, if there is validation data")
+    sample_interval_steps: int | None = _option(
+        None, _whole(1), "optimizer steps between texts that the model writes into samples.txt (default: none)", optional=True
+    )
+    sample_prompt: str = _option("The ", lambda v: None if isinstance(v, str) else "a string", "what those texts continue")
+    tensorboard: bool = _option(False, _flag, "write the metrics for TensorBoard too (needs the package tensorboard)")
     progress: bool = _option(True, _flag, "show a progress bar with loss, tokens/s and time left")
 
     def __post_init__(self) -> None:
@@ -342,6 +359,8 @@ _NONE = ("none", "null")
 def coerced(kind: type, name: str, value: Any) -> Any:
     """`value` of option `name` as YAML or a command line gives it, as the field takes it: "2e-4" is a number, "1,2,4" a tuple."""
     wanted = str({f.name: f.type for f in dataclasses.fields(kind)}.get(name, ""))
+    if isinstance(value, str) and "None" in wanted and value.lower() in _NONE:
+        return None
     if isinstance(value, str) and "tuple" in wanted and value.lower() not in _NONE:
         return tuple(coerced_scalar(item.strip()) for item in value.split(",") if item.strip())
     if isinstance(value, str) and not wanted.startswith("str"):

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import numbers
+import os
 import warnings
 from pathlib import Path
 from typing import Any, Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import torch
 from psann_kernels import OPS, explain
 from psann_kernels.registry import check_backend
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from . import config as configuration
@@ -28,9 +29,15 @@ from .generate.text import TextStream
 from .integrations.upstream import convert
 from .models import build_model
 from .train import checkpoint
+from .train import checkpoints as checkpoints_of_runs
+from .train.checkpoint import Part
+from .train.checkpoints import Checkpoints
+from .train.distributed import is_launched
+from .train.model_card import model_card
 from .train.precision import resolve_device
 from .train.run_folder import RunFolder
-from .train.trainer import check, evaluate, train
+from .train.snapshot import Snapshot
+from .train.trainer import check, check_same_run, evaluate, train
 
 _LOG = logging.getLogger("psann_fast")
 
@@ -133,11 +140,15 @@ class psannLM:
         Where the module is not built yet, fit draws its weights from TrainConfig.seed. The data's own seed (DataConfig) orders the
         examples. A second fit continues from the present weights with a new optimizer and a new schedule; to restart, make a new
         psannLM. history_ has a row for each log interval of this call, those before an interruption or divergence too.
-        With checkpoint_dir the folder receives the model (readable by load) every save_interval_steps and at the end, best/ at
-        each new lowest validation loss, config.yaml, metrics.csv and loss.png. The weights held afterwards are the last ones.
+        With checkpoint_dir the folder receives, every save_interval_steps and at the end, the model (readable by load) and a
+        checkpoint to continue from; best/ at each new lowest validation loss; config.yaml, metrics.csv, metrics.jsonl, loss.png and
+        README.md. The weights held afterwards are the last ones. resume="auto" continues the run that is in checkpoint_dir, if
+        there is one: on a CPU bit for bit. SIGINT and SIGTERM save the last finished step and end in KeyboardInterrupt and
+        SystemExit(143); a second signal ends at once. Under torchrun each process calls fit alike and process 0 writes.
 
-        Raises TypeError for an unknown option or data of another type, ValueError for options that contradict the data or the
-        device, TrainingDiverged at NaN or infinity, OSError where the folder cannot be written.
+        Raises TypeError for an unknown option or data of another type, ValueError for options that contradict the data, the
+        device or the run to continue, TrainingDiverged at NaN or infinity, CheckpointError for damaged checkpoints, OSError where
+        the folder cannot be written.
         """
         if train_config is not None and options:
             raise TypeError(f"fit takes train_config= or options, not both; put {', '.join(sorted(options))} into the TrainConfig")
@@ -152,25 +163,61 @@ class psannLM:
         config = configuration.changed(self.config, **fill)
         check(settings, resolve_device(config.device))
         module = self._module if self._module is not None else self._drawn(config, settings.seed)
-        folder = settings.checkpoint_dir
-        resolved = {"model": configuration.to_dict(config), "train": configuration.to_dict(settings)}
-        run_folder = None if folder is None else RunFolder(folder, {**resolved, "data": configuration.to_dict(data.config)})
+        resumed = self._resumed(settings, config, data.dataset)
+        is_main = not (settings.ddp != "off" and is_launched()) or int(os.environ["RANK"]) == 0
+        options = {name: configuration.to_dict(part) for name, part in (("model", config), ("train", settings), ("data", data.config))}
+        run_folder = checkpoints = None
+        if settings.checkpoint_dir is not None and is_main:
+            checkpoints = Checkpoints(
+                settings.checkpoint_dir, self._parts, keep=settings.keep_checkpoints, is_async=settings.async_checkpoints,
+                is_resumed=resumed is not None,
+            )  # fmt: skip
+            run_folder = RunFolder(
+                settings.checkpoint_dir, options, after_step=None if resumed is None else resumed.step, tensorboard=settings.tensorboard
+            )
         # From here on nothing is left to refuse, so the model may change.
         is_new, self._module, self.tokenizer, self.history_ = self._module is None, module, data.tokenizer, []
         self.config = module.config = config
         if is_new:
             self._say_what_runs_as_auto()
+        if resumed is not None:
+            module.load_state_dict(resumed.weights)
         _LOG.info("training %s parameters on %s tokens", f"{module.num_parameters():,}", f"{data.train_tokens:,}")
-        places = {} if folder is None else {"last": Path(folder), "best": Path(folder) / "best"}
         try:
             train(
-                module, data.dataset, settings, val_examples=val_examples, run=run_folder, history=self.history_,
-                save=(lambda name: self.save(places[name])) if places else None,
+                module, data.dataset, settings, val_examples=val_examples, run=run_folder, history=self.history_, resumed=resumed,
+                save=None if settings.checkpoint_dir is None else checkpoints.save if is_main else _not_main,
+                sample=None if run_folder is None else lambda step: run_folder.add_sample(step, self._sampled(settings)),
             )  # fmt: skip
         finally:
             if run_folder is not None:
-                run_folder.close()
+                described = {**options["data"], "train_tokens": data.train_tokens, "train_bytes": data.train_bytes}
+                name, size = run_folder.path.resolve().name, module.num_parameters()
+                try:
+                    checkpoints.wait()
+                finally:
+                    run_folder.close(model_card(name, size, options["model"], options["train"], described, run_folder.rows))
         return self
+
+    def _resumed(self, settings: TrainConfig, config: ModelConfig, examples: Examples) -> Snapshot | None:
+        """The snapshot to continue from, checked to be one of this model; None to begin."""
+        if settings.resume is None:
+            return None
+        if settings.resume != "auto":
+            resumed = checkpoints_of_runs.read(settings.resume)
+        elif settings.checkpoint_dir is None:
+            raise ValueError("fit: resume is 'auto' and checkpoint_dir is None; pass the checkpoint_dir of the run to continue")
+        else:
+            resumed = checkpoints_of_runs.newest(settings.checkpoint_dir)
+        if resumed is None:
+            return None
+        weights = dict(resumed.weights)
+        _check_weights(config, weights)
+        check_same_run(resumed.state, settings, examples)
+        return dataclasses.replace(resumed, weights=weights)
+
+    def _sampled(self, settings: TrainConfig) -> str:
+        return settings.sample_prompt + self.generate(settings.sample_prompt, max_new_tokens=100, temperature=0.8, seed=settings.seed)
 
     @staticmethod
     def _drawn(config: ModelConfig, seed: int) -> nn.Module:
@@ -304,20 +351,17 @@ class psannLM:
         Files: safetensors, JSON, the tokenizer's own; manifest.json with checksums comes last, so that an interrupted save leaves
         the old model. `backend` and `device` are not saved. Raises OSError where the folder cannot be written.
         """
-        module = self.module
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-        if self.config.tie_embeddings:
-            del state["lm_head.weight"]  # the embedding's own memory, which safetensors refuses to store twice
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.module.state_dict().items()}
+        checkpoint.write(path, self._parts(state))
+
+    def _parts(self, state: Mapping[str, torch.Tensor]) -> dict[str, Part]:
+        """The files of the model whose state dict is `state`."""
+        # A tied projection is the embedding's own memory, which is stored once.
+        weights = {name: tensor for name, tensor in state.items() if not (self.config.tie_embeddings and name == "lm_head.weight")}
         saved = {name: value for name, value in configuration.to_dict(self.config).items() if name not in RUNTIME_FIELDS}
         tokenizer_files = {} if self.tokenizer is None else self.tokenizer.to_files()
         described = json.dumps({"model": saved, "tokenizer": list(tokenizer_files)}, indent=2) + "\n"
-        parts: dict[str, Callable[[Path], object]] = {
-            "model.safetensors": lambda target: save_file(state, target, metadata={"format": "pt"}),
-            "config.json": lambda target: target.write_text(described, encoding="utf-8"),
-        }
-        for name, content in tokenizer_files.items():
-            parts[name] = lambda target, content=content: target.write_bytes(content)
-        checkpoint.write(path, parts)
+        return {"model.safetensors": weights, "config.json": described.encode("utf-8"), **tokenizer_files}
 
     @classmethod
     def load(cls, path: str | Path, *, backend: str = "auto", device: str = "auto") -> psannLM:
@@ -377,6 +421,12 @@ def _saved_config(options: Mapping[str, Any], weights: dict[str, torch.Tensor], 
     """The saved configuration, after making sure that it describes these weights, so that nothing absurd is built. A tied
     output projection is added to `weights`. Raises ValueError or TypeError."""
     config = configuration.build(ModelConfig, "the saved model", {**options, "backend": backend, "device": device})
+    _check_weights(config, weights)
+    return config
+
+
+def _check_weights(config: ModelConfig, weights: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError unless `config` describes `weights`; a tied output projection is added to them."""
     if config.n_layers > len(weights):
         raise ValueError(f"n_layers is {config.n_layers}, but the weights hold only {len(weights)} tensors")
     if config.tie_embeddings:
@@ -386,7 +436,10 @@ def _saved_config(options: Mapping[str, Any], weights: dict[str, torch.Tensor], 
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights or name not in expected or weights[name].shape != expected[name].shape:
             raise ValueError(f"the tensor {name} is missing, unknown, or of another shape than the configuration says")
-    return config
+
+
+def _not_main(name: str, snapshot: Snapshot) -> None:
+    """What the processes that do not write do with a checkpoint."""
 
 
 def _is_same(one: Tokenizer, other: Tokenizer) -> bool:

@@ -11,11 +11,13 @@ as they are when continuing a prompt, which has no separator before it.
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Sequence
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 LOGGER = logging.getLogger("psann_fast")
@@ -139,6 +141,29 @@ class Examples(torch.utils.data.Dataset):
             "targets": torch.from_numpy(targets),
             "document_starts": torch.from_numpy(document_starts),
         }
+
+    def blank(self) -> dict[str, Tensor]:
+        """A batch of one row without a target, for a process that has no example left where others have."""
+        shape = (1, self.window)
+        return {
+            "input_ids": torch.full(shape, self.pad_id),
+            "targets": torch.full(shape, IGNORED),
+            "document_starts": torch.ones(shape, dtype=torch.bool),
+        }
+
+    def count_targets(self, indices: np.ndarray) -> int:
+        """The targets of some examples, without reading them; the same at every offset."""
+        left = self.target_tokens - indices * self.window if self.is_packed else self._ends[indices] - self._starts[indices]
+        return int(np.minimum(left, self.window).sum())
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A checksum of all that decides what the examples are and in which order they come."""
+        settings = (self.window, self.eos_id, self.pad_id, self.is_packed, self.seed, str(self.stream.dtype), len(self.stream))
+        digest = xxhash.xxh3_128(repr(settings).encode())
+        for start in range(0, len(self.stream), 1 << 24):
+            digest.update(np.ascontiguousarray(self.stream[start : start + (1 << 24)]).data)
+        return digest.hexdigest()
 
     def order(self, epoch: int) -> np.ndarray:
         """The order of the examples in an epoch: a permutation, (len,) int64, the same on every machine."""

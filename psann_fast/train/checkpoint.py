@@ -7,47 +7,130 @@ No pickle: weights are safetensors, everything else JSON or the tokenizer librar
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Union
 
+import torch
 import xxhash
+from torch import Tensor
 
 MANIFEST = "manifest.json"
 FORMAT, FORMAT_VERSION = "psann-fast", 1
+# What a file is made of: its bytes, tensors by name (safetensors), a file of the same content, or a function that writes it.
+Part = Union[bytes, Mapping[str, Tensor], Path, Callable[[Path], object]]
+SAFETENSORS = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
+    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 class CheckpointError(ValueError):
     """A model folder is missing, incomplete, damaged or of another format. The message names the file and what to do."""
 
 
-def write(folder: str | Path, parts: Mapping[str, Callable[[Path], object]]) -> None:
-    """Replace the contents of `folder` by `parts`: name -> function that writes that file at the path it is given.
+def write(folder: str | Path, parts: Mapping[str, Part]) -> dict[str, Path]:
+    """Replace the contents of `folder` by `parts`: name -> what that file holds. Returns name -> path of the new files.
 
-    Each file is flushed to disk before the manifest names it. Raises OSError as the file system does; the previous version then
-    stays whole.
+    Each file is flushed to disk before the manifest names it. Raises OSError, naming the path, the bytes needed and those that are
+    free, where the file system does; the previous version then stays whole, and the new files are removed.
     """
     folder = Path(folder)
+    new: list[Path] = []
+    try:
+        return _write(folder, parts, new)
+    except OSError as error:
+        for path in new:
+            with contextlib.suppress(OSError):  # the error that is reported came first
+                path.unlink(missing_ok=True)
+        raise _explained(error, folder, sum(map(size_of, parts.values()))) from error
+
+
+def _write(folder: Path, parts: Mapping[str, Part], new: list[Path]) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     previous = _read_manifest(folder) if (folder / MANIFEST).exists() else {"generation": 0, "files": {}}
     generation = previous["generation"] + 1
     files = {}
-    for name, writer in parts.items():
+    for name, part in parts.items():
         stem, dot, suffix = name.partition(".")
         path = folder / f"{stem}-{generation:06d}{dot}{suffix}"
-        writer(path)
+        new.append(path)
+        _write_part(path, part)
         _flush(path)
         files[name] = {"file": path.name, "size": path.stat().st_size, "xxh3_128": _checksum(path)}
     manifest = {"format": FORMAT, "version": FORMAT_VERSION, "generation": generation, "files": files}
     waiting = folder / f"{MANIFEST}.new"
-    waiting.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    new.append(waiting)
+    with open(waiting, "wb") as file:
+        file.write((json.dumps(manifest, indent=2) + "\n").encode("utf-8"))
     _flush(waiting)
     os.replace(waiting, folder / MANIFEST)
+    new.clear()  # they are the folder's version now
     _flush(folder)
     for entry in previous["files"].values():
         (folder / entry["file"]).unlink(missing_ok=True)
+    return {name: folder / entry["file"] for name, entry in files.items()}
+
+
+def _write_part(path: Path, part: Part) -> None:
+    path.unlink(missing_ok=True)  # what an interrupted save left, perhaps a link to a file of another folder
+    if isinstance(part, Path):
+        try:
+            os.link(part, path)
+        except OSError:  # a file system without links, or with too many
+            shutil.copyfile(part, path)
+    elif callable(part):
+        part(path)
+    else:
+        with open(path, "wb") as file:
+            if isinstance(part, bytes):
+                file.write(part)
+            else:
+                _write_tensors(file, part)
+
+
+def _write_tensors(file: Any, tensors: Mapping[str, Tensor]) -> None:
+    """The safetensors format, tensor by tensor: the library's own writer hides the system's error and cannot be interrupted.
+
+    Source: https://huggingface.co/docs/safetensors, section "Format".
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": SAFETENSORS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, place + size]}
+        place += size
+    head = json.dumps(header).encode("utf-8")
+    head += b" " * (-len(head) % 8)  # tensors begin at a multiple of 8, as readers that map the file like it
+    file.write(len(head).to_bytes(8, "little") + head)
+    for tensor in tensors.values():
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        file.write(memoryview(flat.view(torch.uint8).numpy()))
+
+
+def size_of(part: Part) -> int:
+    """Bytes that a part needs on disk, about; 0 for a link or where only its function knows."""
+    if isinstance(part, bytes):
+        return len(part)
+    return sum(t.numel() * t.element_size() for t in part.values()) if isinstance(part, Mapping) else 0
+
+
+def _explained(error: OSError, folder: Path, needed: int) -> OSError:
+    """The same kind of OSError, with what a person needs to mend it."""
+    try:
+        free = f"{shutil.disk_usage(folder).free:,}"
+    except OSError:
+        free = "an unknown number of"
+    where = error.filename if error.filename is not None else folder
+    return OSError(
+        error.errno,
+        f"cannot save to {folder} ({where}: {error.strerror or error}); {needed:,} bytes are needed and {free} are free: "
+        "what was saved before stays whole",
+    )
 
 
 def read(folder: str | Path) -> dict[str, Path]:
@@ -70,6 +153,16 @@ def read(folder: str | Path) -> dict[str, Path]:
             raise CheckpointError(f"{path} does not match its checksum; it is damaged: load another checkpoint")
         paths[name] = path
     return paths
+
+
+def check_ours(folder: str | Path) -> None:
+    """Raise CheckpointError unless the manifest of `folder` is one of ours and whole."""
+    _read_manifest(Path(folder))
+
+
+def sync(folder: Path) -> None:
+    """Make the names in a folder reach the disk."""
+    _flush(folder)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +29,16 @@ class Guard:
     finite is skipped in either case.
 
     On a CPU every step is looked at before it is taken. On a GPU looking would wait for the device, so there the optimizer is told
-    by a flag that stays on the device, and `check` looks: when a row is logged, before a save, at the end.
+    by a flag that stays on the device, and `check` looks: when a row is logged, before a save, at the end. An optimizer that
+    knows no such flag (Muon) makes every step be looked at there too.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, config: TrainConfig, device: torch.device) -> None:
-        self.optimizer, self.scaler, self.config = optimizer, scaler, config
+    def __init__(
+        self, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler, config: TrainConfig, device: torch.device
+    ) -> None:
+        self.optimizers, self.scaler, self.config = optimizers, scaler, config
         self.stops = config.nan_policy == "stop" and not scaler.is_enabled()
-        self.waits = device.type == "cpu"
+        self.waits = device.type == "cpu" or not all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
         zero = lambda: torch.zeros((), device=device)  # noqa: E731 (three uses)
         self._skipped, self._in_a_row, self._most_in_a_row = zero(), zero(), zero()
         self._failure = torch.zeros(3, device=device)  # step, loss and gradient norm of the newest failure, for "stop" the first
@@ -44,7 +48,8 @@ class Guard:
         """Take optimizer step `step` (from 1), whose loss and gradient norm are scalars on the device."""
         if self.waits and not self.scaler.is_enabled() and math.isfinite(loss) and math.isfinite(norm):
             self._in_a_row.zero_()
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             return
         is_bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         is_new = is_bad & (self._skipped == 0) if self.stops else is_bad
@@ -56,14 +61,27 @@ class Guard:
         self._in_a_row = (self._in_a_row + 1) * bad
         self._most_in_a_row = torch.maximum(self._most_in_a_row, self._in_a_row)
         if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
             self.scaler.update()
         elif self.waits:
             self.check()
         else:
             # torch's fused optimizers leave weights, moments and their count of steps as they are where found_inf is 1.
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.grad_scale, optimizer.found_inf = None, bad
+                optimizer.step()
+
+    def state(self) -> dict[str, float]:
+        """What a run that continues must know; after `check`."""
+        return {"skipped": float(self._skipped), "in_a_row": float(self._in_a_row), "most_in_a_row": float(self._most_in_a_row)}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Put the values of `state` back."""
+        self._skipped.fill_(state["skipped"])
+        self._in_a_row.fill_(state["in_a_row"])
+        self._most_in_a_row.fill_(state["most_in_a_row"])
+        self._reported = int(state["skipped"])
 
     def check(self) -> int:
         """The steps skipped so far; waits for the device. Raises TrainingDiverged if training must stop."""
@@ -83,9 +101,9 @@ class Guard:
         return skipped
 
 
-def check_weights(module: nn.Module, step: int) -> None:
-    """Raise TrainingDiverged if a weight is not finite after `step`, so that no such weight is ever saved."""
-    weights = [p.detach() for p in module.parameters()]
+def weights_are_finite(module: nn.Module) -> bool:
+    """False if a weight of `module` is NaN or infinite; of a sharded module, a weight that this process holds."""
+    weights = [p.to_local() if hasattr(p, "to_local") else p.detach() for p in module.parameters()]
     # The largest magnitude of each tensor is finite exactly if all of it is; so the device is waited for once.
-    if not bool(torch.isfinite(torch.stack(torch._foreach_norm(weights, math.inf))).all()):
-        raise TrainingDiverged(f"a weight is NaN or infinite after optimizer step {step}; nothing was saved since. Lower lr or lengthen warmup_steps")
+    largest = torch._foreach_norm([w for w in weights if w.numel()], math.inf)
+    return bool(torch.isfinite(torch.stack(largest)).all())

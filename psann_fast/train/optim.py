@@ -1,4 +1,4 @@
-"""AdamW with decay on matrices only, and the learning-rate schedule."""
+"""The optimizers, decay on matrices only, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -13,14 +13,33 @@ from ..config import TrainConfig
 _LOG = logging.getLogger("psann_fast")
 
 
-def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that learn. Norms, biases, alphas and sine parameters (vectors) do not decay."""
-    learning = [p for p in module.parameters() if p.requires_grad]
+def build_optimizers(module: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """The optimizers over the parameters that learn; each learns once.
+
+    "adamw": one AdamW. Norms, biases, alphas and sine parameters (vectors) do not decay.
+    "muon": the matrices of the blocks go to Muon, whose orthogonal updates suit products; embedding, output projection, wave taps
+    and vectors to AdamW. Muon's updates are scaled to AdamW's size, so one learning rate serves both.
+    Source of Muon: Jordan 2024, https://kellerjordan.github.io/posts/muon; of its scale: Liu et al. 2025, arXiv:2502.16982.
+    """
+    learning = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    is_orthogonal = lambda name, p: config.optimizer == "muon" and is_product(name, p)  # noqa: E731 (two uses)
+    orthogonal = [p for name, p in learning if is_orthogonal(name, p)]
+    rest = [p for name, p in learning if not is_orthogonal(name, p)]
     groups = [
-        {"params": [p for p in learning if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in learning if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)]
+    if orthogonal:
+        optimizers.append(
+            torch.optim.Muon(orthogonal, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return optimizers
+
+
+def is_product(name: str, parameter: nn.Parameter) -> bool:
+    """True for the weight of a linear layer inside a block."""
+    return parameter.dim() == 2 and name.startswith("blocks.") and not name.endswith("wave.weight")
 
 
 def warmup_length(config: TrainConfig, total_steps: int) -> int:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import ContextManager
 
 import torch
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that `name` means: "auto" is a usable GPU, else the CPU. Raises ValueError for one that is not usable here."""
+    """The device that `name` means: "auto" is a usable GPU, else the CPU. Raises ValueError for one that is not usable here.
+
+    Under torchrun a GPU without a number is the one of this process.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -22,6 +26,8 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"device is {name!r}, but this machine has {torch.cuda.device_count()} CUDA GPUs; use 'cuda:0' or 'auto'")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device is {name!r}, but this machine has no usable Apple GPU; use device='cpu' or 'auto'")
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
 
 

@@ -16,8 +16,8 @@ class Progress:
         self._bar = tqdm(total=total_steps, unit="step", desc="training", disable=not shown, mininterval=interval, dynamic_ncols=True)
         self._notes: dict[str, str] = {}
 
-    def step(self) -> None:
-        self._bar.update(1)
+    def step(self, count: int) -> None:
+        self._bar.update(count)
 
     def note(self, **values: str) -> None:
         """Show or change values at the end of the bar."""

@@ -1,76 +1,137 @@
-"""What a run leaves to look at: metrics.csv, loss.png and the resolved configuration."""
+"""What a run leaves to look at: metrics as CSV and JSON lines, a plot, samples, the resolved configuration and a model card."""
 
 from __future__ import annotations
 
 import csv
+import json
+import os
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Iterable, Mapping
 
 import yaml
 
-COLUMNS = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "skipped_steps", "tokens", "tokens_per_second", "seconds")
+from .plots import plot_run
 
-
-# What a run writes beside its checkpoints; an earlier run's files keep their content under other names.
-FILES = ("config.yaml", "metrics.csv", "loss.png")
+COLUMNS = (
+    "step", "epoch", "loss", "val_loss", "lr", "grad_norm", "skipped_steps", "tokens", "tokens_per_second", "mfu", "seconds",
+)  # fmt: skip
+# What belongs to one run; what an earlier run left keeps its content under other names.
+HELD = ("config.yaml", "metrics.csv", "metrics.jsonl", "loss.png", "samples.txt", "README.md", "checkpoints", "best")
 
 
 class RunFolder:
-    """A folder for one run, created here. What an earlier run left in it is renamed: metrics.csv to metrics-001.csv and so on."""
+    """A folder for one run, created here.
 
-    def __init__(self, path: str | Path, configuration: Mapping[str, Any]) -> None:
+    after_step   None: a new run. What an earlier one left is renamed, all with one number: metrics.csv to metrics-001.csv,
+                 checkpoints to checkpoints-001 and so on. A step: the run that is here goes on after it; rows of later steps, which
+                 will be made again, are kept in renamed files
+    tensorboard  write the rows for TensorBoard too, into the folder tensorboard
+
+    Raises OSError; ModuleNotFoundError if tensorboard is wanted and not installed.
+    """
+
+    def __init__(
+        self, path: str | Path, configuration: Mapping[str, Any], *, after_step: int | None = None, tensorboard: bool = False
+    ) -> None:
         self.path = Path(path)
+        writer_class = _tensorboard() if tensorboard else None
         self.path.mkdir(parents=True, exist_ok=True)
-        _set_aside(self.path)
-        (self.path / "config.yaml").write_text(yaml.safe_dump(dict(configuration), sort_keys=False), encoding="utf-8")
-        self._file = open(self.path / "metrics.csv", "x", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
-        self._writer.writeheader()
-        self._rows: list[Mapping[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+        if after_step is None:
+            set_aside(self.path, HELD)
+        else:
+            self._take_over(after_step)
+        self._add_config(configuration)
+        is_new = not (self.path / "metrics.csv").exists()
+        self._csv_file = open(self.path / "metrics.csv", "a", newline="", encoding="utf-8")
+        self._json_file = open(self.path / "metrics.jsonl", "a", encoding="utf-8")
+        self._csv = csv.DictWriter(self._csv_file, COLUMNS)
+        if is_new:
+            self._csv.writeheader()
+        for row in self.rows if is_new else ():
+            self._write(row)
+        self._board = None if writer_class is None else writer_class(str(self.path / "tensorboard"), purge_step=after_step)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append one row and flush it, so that a reader sees it at once."""
-        self._writer.writerow({name: row.get(name, "") for name in COLUMNS})
-        self._file.flush()
-        self._rows.append(row)
+        self.rows.append(dict(row))
+        self._write(row)
+        if self._board is not None:
+            for name in COLUMNS[2:]:
+                if row.get(name) is not None:
+                    self._board.add_scalar(name, row[name], row["step"])
 
-    def close(self) -> None:
-        """Draw loss.png from the rows of this run."""
-        self._file.close()
-        if self._rows:
-            plot_loss(self._rows, self.path / "loss.png")
+    def add_sample(self, step: int, text: str) -> None:
+        """Append what the model wrote after a step."""
+        with open(self.path / "samples.txt", "a", encoding="utf-8") as file:
+            file.write(f"--- step {step}\n{text}\n\n")
+
+    def close(self, card: str | None = None) -> None:
+        """Draw the plot; write the model card, if one is given."""
+        self._csv_file.close()
+        self._json_file.close()
+        if self._board is not None:
+            self._board.close()
+        if self.rows:
+            plot_run(self.rows, self.path / "loss.png")
+        if card is not None:
+            (self.path / "README.md").write_text(card, encoding="utf-8")
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        self._csv.writerow({name: row.get(name, "") for name in COLUMNS})
+        self._csv_file.flush()
+        self._json_file.write(json.dumps({name: row.get(name) for name in COLUMNS}) + "\n")
+        self._json_file.flush()
+
+    def _take_over(self, after_step: int) -> None:
+        """Read the rows of the run that goes on; where some will be made again, or the last one is torn, begin the files anew."""
+        lines, is_whole = read_metrics(self.path)
+        self.rows = [row for row in lines if row["step"] <= after_step]
+        if not is_whole or len(self.rows) < len(lines):
+            set_aside(self.path, ("metrics.csv", "metrics.jsonl"))
+
+    def _add_config(self, configuration: Mapping[str, Any]) -> None:
+        path, text = self.path / "config.yaml", yaml.safe_dump(dict(configuration), sort_keys=False)
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            set_aside(self.path, (path.name,))
+        path.write_text(text, encoding="utf-8")
 
 
-def _set_aside(folder: Path) -> None:
-    """Rename the files of an earlier run, all with the same number, the first that is free."""
-    held = [folder / name for name in FILES if (folder / name).exists()]
+def read_metrics(folder: str | Path) -> tuple[list[dict[str, Any]], bool]:
+    """The rows of a run's metrics.jsonl, and whether the file is whole and agrees with metrics.csv; a torn last line is left out."""
+    rows: list[dict[str, Any]] = []
+    path = Path(folder) / "metrics.jsonl"
+    if not path.exists():
+        return rows, not (Path(folder) / "metrics.csv").exists()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            return rows, False
+    csv_path = Path(folder) / "metrics.csv"
+    in_csv = csv_path.read_text(encoding="utf-8").count("\n") if csv_path.exists() else 0
+    return rows, in_csv == len(rows) + 1
+
+
+def set_aside(folder: Path, names: Iterable[str]) -> None:
+    """Rename what an earlier run left, all with the same number, the first that is free."""
+    paths = [folder / name for name in names]
     number = 1
-    while any(_numbered(folder / name, number).exists() for name in FILES):
+    while any(_numbered(path, number).exists() for path in paths):
         number += 1
-    for path in held:
-        path.rename(_numbered(path, number))
+    for path in paths:
+        if path.exists():
+            os.rename(path, _numbered(path, number))
 
 
 def _numbered(path: Path, number: int) -> Path:
     return path.with_name(f"{path.stem}-{number:03d}{path.suffix}")
 
 
-def plot_loss(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Draw training and validation loss, and the learning rate, over optimizer steps."""
-    from matplotlib.figure import Figure  # half a second to import, only needed here
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot([row["step"] for row in history], [row["loss"] for row in history], label="training", color="tab:blue")
-    validated = [row for row in history if row.get("val_loss") is not None]
-    if validated:
-        axes.plot(
-            [row["step"] for row in validated], [row["val_loss"] for row in validated], "o-", label="validation", color="tab:orange"
-        )
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper right")
-    rate = axes.twinx()
-    rate.plot([row["step"] for row in history], [row["lr"] for row in history], color="tab:gray", linewidth=0.8)
-    rate.set_ylabel("learning rate", color="tab:gray")
-    figure.savefig(path, dpi=120)
+def _tensorboard() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("tensorboard=True needs the package tensorboard, which is not installed; pip install tensorboard") from error
+    return SummaryWriter

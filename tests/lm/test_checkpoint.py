@@ -338,19 +338,15 @@ def test_weights_that_are_no_safetensors(saved, tmp_path):
 # -- a save that fails ----------------------------------------------------------------------------------------------------------
 
 
-class NoSpace(OSError):
-    pass
-
-
 def test_a_writer_that_fails_leaves_the_version_before(tmp_path):
     write_parts(tmp_path, a="old a", b="old b")
 
     def fails(path):
         path.write_text("half")
-        raise NoSpace(errno.ENOSPC, "no space left")
+        raise OSError(errno.ENOSPC, "no space left")
 
     for parts in ({"a.txt": fails}, {"a.txt": lambda path: path.write_text("new a"), "b.txt": fails}):
-        with pytest.raises(NoSpace):
+        with pytest.raises(OSError):
             checkpoint.write(tmp_path, parts)
         assert contents(tmp_path) == {"a.txt": "old a", "b.txt": "old b"}
     # The next one takes the place of what it left.
@@ -370,7 +366,7 @@ def test_a_failing_system_call_leaves_a_whole_version(tmp_path, monkeypatch, cal
 
         def sometimes(*args, **options):
             if next(count) == failing:
-                raise NoSpace(errno.EIO, "input/output error")
+                raise OSError(errno.EIO, "input/output error")
             return real(*args, **options)
 
         with monkeypatch.context() as patched:
@@ -378,7 +374,7 @@ def test_a_failing_system_call_leaves_a_whole_version(tmp_path, monkeypatch, cal
             try:
                 write_parts(tmp_path / "m", a="new a", b="new b")
                 failed = False
-            except NoSpace:
+            except OSError:
                 failed = True
         held = contents(tmp_path / "m")
         if not failed:
@@ -407,13 +403,14 @@ def test_files_reach_the_disk_before_the_manifest_names_them(tmp_path, monkeypat
 def test_a_model_that_fails_to_save_can_still_be_loaded(saved, tmp_path, monkeypatch):
     folder = copy_of(saved, tmp_path)
     lm = psannLM.load(folder, device="cpu")
-    wanted = fingerprint(lm)
+    wanted, before = fingerprint(lm), sorted(path.name for path in folder.iterdir())
     fitted(lm, data(), max_steps=1)
 
     def no_space(*args, **options):
-        raise NoSpace(errno.ENOSPC, "no space left")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("psann_fast.estimator.save_file", no_space)
-    with pytest.raises(NoSpace):
+    monkeypatch.setattr(checkpoint, "_write_tensors", no_space)
+    with pytest.raises(OSError, match=r"cannot save to .*copy \(.*No space left on device\); [\d,]{6,} bytes are needed and [\d,]+ are free") as caught:
         lm.save(folder)
+    assert caught.value.errno == errno.ENOSPC and sorted(p.name for p in folder.iterdir()) == before
     assert fingerprint(psannLM.load(folder, device="cpu")) == wanted != fingerprint(lm)

@@ -5,13 +5,19 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import sys
+import threading
 import warnings
 
 import pytest
 import torch
 from psann_fast import DataConfig, ModelConfig, TrainConfig, psannLM
 from psann_fast.data import train_tokenizer
-from psann_fast.train.optim import build_optimizer
+from psann_fast.train import checkpoint, run_folder
+from psann_fast.train.checkpoints import Checkpoints
+from psann_fast.train.distributed import check_launch
+from psann_fast.train.loss import LossModule
+from psann_fast.train.optim import build_optimizers
 from psann_kernels import explain
 from tiny import SENTENCES, data, fitted, model, tiny, tokens
 
@@ -335,7 +341,7 @@ def betas(field):
     one, three = ([weights(max_steps=steps, epochs=2, min_lr_ratio=1.0, **beta) for beta in ({}, {field: 0.3})] for steps in (1, 3))
     torch.testing.assert_close(one[0], one[1], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(three[0], three[1], rtol=1e-4, atol=1e-5)
-    betas = build_optimizer(tiny(), TrainConfig(**{field: 0.3})).param_groups[0]["betas"]
+    betas = build_optimizers(tiny(), TrainConfig(**{field: 0.3}))[0].param_groups[0]["betas"]
     assert betas == {"beta1": (0.3, 0.99), "beta2": (0.9, 0.3)}[field]
 
 
@@ -366,8 +372,123 @@ def amp():
 @shows(TrainConfig, "ddp")
 def ddp():
     assert torch.equal(weights(ddp="auto"), weights(ddp="off"))
-    with pytest.raises(ValueError, match="ddp is 'on'"):
+    with pytest.raises(ValueError, match="ddp is 'on', but this process was not started as one of several"):
         fitted(ddp="on")
+
+
+@shows(TrainConfig, "fsdp")
+def fsdp():
+    # With processes: test_distributed.
+    with pytest.raises(ValueError, match="fsdp is True, but this process was not started as one of several"):
+        fitted(fsdp=True)
+    with pytest.raises(ValueError, match="amp='bf16'"):
+        check_launch(TrainConfig(fsdp=True, amp="fp16"))
+
+
+@shows(TrainConfig, "compile")
+def compiled(monkeypatch):
+    asked = []
+    monkeypatch.setattr(LossModule, "compile", lambda self: asked.append(1))
+    for wanted in (False, True):
+        fitted(max_steps=1, compile=wanted)
+        assert len(asked) == wanted
+
+
+@shows(TrainConfig, "activation_checkpointing")
+def activation_checkpointing():
+    runs, computed = [], []
+    for wanted in (False, True):
+        lm, calls = model(dropout=0.2), []
+        lm.module.blocks[0].mlp.fc1.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        fitted(lm, activation_checkpointing=wanted)
+        runs.append(torch.cat([p.detach().flatten() for p in lm.module.parameters()]))
+        computed.append(len(calls))
+        assert "forward" not in vars(lm.module.blocks[0])
+    assert computed == [4, 8] and torch.equal(*runs)
+
+
+@shows(TrainConfig, "optimizer")
+def optimizer():
+    names = {name: [type(o).__name__ for o in build_optimizers(tiny(), TrainConfig(optimizer=name))] for name in ("adamw", "muon")}
+    assert names == {"adamw": ["AdamW"], "muon": ["AdamW", "Muon"]}
+    assert not torch.allclose(weights(optimizer="muon"), weights(), atol=1e-4)
+
+
+@shows(TrainConfig, "keep_checkpoints")
+def keep_checkpoints(tmp_path):
+    for keep in (1, 3):
+        folder = tmp_path / str(keep)
+        fitted(max_steps=4, save_interval_steps=1, keep_checkpoints=keep, checkpoint_dir=folder)
+        assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [f"step-0000000{n}" for n in range(5 - keep, 5)]
+
+
+@shows(TrainConfig, "async_checkpoints")
+def async_checkpoints(tmp_path, monkeypatch):
+    threads, real = [], checkpoint.write
+    monkeypatch.setattr(checkpoint, "write", lambda *args: threads.append(threading.current_thread()) or real(*args))
+    for wanted in (False, True):
+        fitted(max_steps=2, async_checkpoints=wanted, checkpoint_dir=tmp_path / str(wanted))
+        assert all((thread is threading.main_thread()) != wanted for thread in threads) and threads
+        threads.clear()
+    one, other = (psannLM.load(tmp_path / str(wanted), device="cpu").module.state_dict() for wanted in (False, True))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@shows(TrainConfig, "resume")
+def resume(tmp_path):
+    whole = weights(max_steps=4)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(interrupted(model(), 3), checkpoint_dir=tmp_path, save_interval_steps=1)
+    lm = fitted(checkpoint_dir=tmp_path, resume="auto")
+    assert [row["step"] for row in lm.history_] == [3, 4]
+    assert torch.equal(whole, torch.cat([p.detach().flatten() for p in lm.module.parameters()]))
+
+
+def interrupted(lm, step):
+    calls = []
+
+    def end(*_):
+        calls.append(1)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+
+    lm.module.register_forward_hook(end)
+    return lm
+
+
+@shows(TrainConfig, "sample_interval_steps", "sample_prompt")
+def samples(field, tmp_path):
+    plain = weights(max_steps=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lm = fitted(sample_interval_steps=2, sample_prompt="She", checkpoint_dir=tmp_path)
+    written = (tmp_path / "samples.txt").read_text()
+    assert written.startswith("--- step 2\nShe") and written.count("--- step ") == 2
+    assert torch.equal(plain, torch.cat([p.detach().flatten() for p in lm.module.parameters()])), "a sample moved the run"
+
+
+@shows(TrainConfig, "tensorboard")
+def tensorboard(tmp_path, monkeypatch):
+    written = []
+
+    class Board:
+        def __init__(self, folder, purge_step=None):
+            assert folder == str(tmp_path / "tensorboard")
+
+        def add_scalar(self, *args):
+            written.append(args)
+
+        def close(self):
+            written.append("closed")
+
+    monkeypatch.setattr(run_folder, "_tensorboard", lambda: Board)
+    fitted(max_steps=1, checkpoint_dir=tmp_path, tensorboard=True)
+    assert {"loss", "tokens_per_second", "mfu"} <= {entry[0] for entry in written[:-1]} and written[-1] == "closed"
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install tensorboard"):
+        fitted(max_steps=1, checkpoint_dir=tmp_path / "other", tensorboard=True)
+    assert not (tmp_path / "other").exists()
 
 
 @shows(TrainConfig, "seed")
@@ -410,9 +531,9 @@ def log_interval_steps():
 @shows(TrainConfig, "save_interval_steps")
 def save_interval_steps(tmp_path, monkeypatch):
     saves = []
-    monkeypatch.setattr(psannLM, "save", lambda self, path: saves.append(path))
+    monkeypatch.setattr(Checkpoints, "save", lambda self, name, snapshot: saves.append((name, snapshot.step)))
     fitted(epochs=9, max_steps=8, save_interval_steps=3, checkpoint_dir=tmp_path)
-    assert saves == [tmp_path] * 3  # after steps 3 and 6, and at the end
+    assert saves == [("last", 3), ("last", 6), ("last", 8)]
 
 
 @shows(TrainConfig, "eval_interval_steps")

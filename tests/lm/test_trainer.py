@@ -339,7 +339,7 @@ def test_a_step_that_is_not_finite_stops_training_before_it_moves_a_weight(poiso
     module.lm_head.register_forward_hook(spoil)
     saved = []
     with pytest.raises(TrainingDiverged, match=r"optimizer step 3; the weights are those before it. Lower lr \(it is 0.001\)"):
-        train(module, examples(), config(epochs=9, save_interval_steps=1), save=saved.append)
+        train(module, examples(), config(epochs=9, save_interval_steps=1), save=lambda name, _: saved.append(name))
     assert len(calls) == 3 and saved == ["last", "last"]
     assert before and all(torch.equal(p, before[name]) and p.isfinite().all() for name, p in module.named_parameters())
     assert not module.training
@@ -384,7 +384,7 @@ def test_stop_keeps_the_weights_before_the_failing_step_however_late_it_is_seen(
     module, saved = tiny(), []
     held = poisoned(module, 3)  # and never again: later steps could move the weights
     with pytest.raises(TrainingDiverged, match="loss is nan .* at optimizer step 3; the weights are those before it"):
-        train(module, examples(), config(epochs=9, max_steps=9, log_interval_steps=100, save_interval_steps=5), save=saved.append)
+        train(module, examples(), config(epochs=9, max_steps=9, log_interval_steps=100, save_interval_steps=5), save=lambda name, _: saved.append(name))
     assert len(held) == (5 if looking else 3) and saved == [], "seen at the save of step 5 at the latest"
     assert is_at(module, held[2]) and not is_at(module, held[1])
 
@@ -437,7 +437,7 @@ def test_weights_that_are_not_finite_are_never_saved():
     handle = register_optimizer_step_post_hook(overflow)
     try:
         with pytest.raises(TrainingDiverged, match="a weight is NaN or infinite after optimizer step 4; nothing was saved since"):
-            train(module, examples(), config(epochs=9, save_interval_steps=2), save=lambda name: saved.append(len(seen)))
+            train(module, examples(), config(epochs=9, save_interval_steps=2), save=lambda name, _: saved.append(len(seen)))
     finally:
         handle.remove()
     assert saved == [2]
@@ -467,13 +467,13 @@ def test_history_is_that_of_this_fit_when_it_ends_early(ending):
 
 def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(monkeypatch):
     module, losses, kept = tiny(), iter([3.0, 1.0, 2.0, 0.5, 0.5, 4.0]), []
-    monkeypatch.setattr(trainer, "evaluate", lambda *args, **options: next(losses))
+    monkeypatch.setattr(trainer, "_mean_loss", lambda *args, **options: next(losses))
     history = train(
         module,
         examples(60),
         config(epochs=9, max_steps=12, eval_interval_steps=2, log_interval_steps=5, save_interval_steps=5),
         val_examples=examples(),
-        save=lambda name: kept.append((name, None)),
+        save=lambda name, snapshot: kept.append((name, snapshot.step)),
     )
     assert [(row["step"], row["val_loss"]) for row in history if row["val_loss"] is not None] == [
         (2, 3.0),
@@ -483,7 +483,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(monkeypatch):
         (10, 0.5),
         (12, 4.0),
     ]
-    assert [name for name, _ in kept] == ["best", "best", "last", "best", "last", "last"]
+    assert kept == [("best", 2), ("best", 4), ("last", 5), ("best", 8), ("last", 10), ("last", 12)]
     # Logged every fifth step from the first, at each validation, and at the last.
     assert [row["step"] for row in history] == [1, 2, 4, 6, 8, 10, 11, 12]
 
