@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..models import CacheView
+from . import native_decoder
 
 
 class Decoder(Protocol):
@@ -30,5 +31,13 @@ class ModuleDecoder:
 
 
 def decoder_for(module: torch.nn.Module, weights: str) -> Decoder:
-    """The fastest decoder that serves the model with these weights."""
+    """The decoder that serves the model with these weights; see EngineOptions.
+
+    Raises ValueError for weights other than "model" where the native decoder cannot serve.
+    """
+    reason = native_decoder.refuses(module)
+    if reason is None:
+        return native_decoder.prepared(module, weights)
+    if weights != "model":
+        raise ValueError(f"weights is {weights!r}, which only the native decoder on a CPU has: {reason}; leave weights out")
     return ModuleDecoder(module)

@@ -86,6 +86,7 @@ class Engine:
     cache_tokens  tokens that the cache may hold at most
     max_rows      requests that run at once; default MAX_ROWS
     chunk         prompt tokens of a step; default CHUNK
+    block_size    tokens of a block; default BLOCK_SIZE
     options       EngineOptions
 
     Not for several threads at once; AsyncEngine is.
@@ -100,13 +101,15 @@ class Engine:
         cache_tokens: int,
         max_rows: int | None = None,
         chunk: int | None = None,
+        block_size: int | None = None,
         options: EngineOptions = EngineOptions(),
     ) -> None:
         self.module, self.eos_id, self.vocab_size, self.options = module, eos_id, vocab_size, options
         rows = MAX_ROWS if max_rows is None else max_rows
-        num_blocks = -(-cache_tokens // BLOCK_SIZE)
-        self.scheduler = Scheduler(num_blocks, BLOCK_SIZE, rows, CHUNK if chunk is None else chunk)
-        self.cache = PagedCache(module, num_blocks, BLOCK_SIZE, rows)
+        size = BLOCK_SIZE if block_size is None else block_size
+        num_blocks = -(-cache_tokens // size)
+        self.scheduler = Scheduler(num_blocks, size, rows, CHUNK if chunk is None else chunk)
+        self.cache = PagedCache(module, num_blocks, size, rows)
         self.device = module.embed.weight.device
         self.decoder: Decoder = decoder_for(module, options.weights)
         self.counts: Counter[str] = Counter()  # steps; tokens computed, drawn, guessed, confirmed
@@ -123,6 +126,8 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError for an id that the model does not know, and for a request that can never fit."""
         check_ids(request.tokens, self.module.config.vocab_size)
+        if request.params.seed is None:
+            raise ValueError("seed is None; the engine draws nothing at random, so give every request a whole number below 2^63")
         sequence = Sequence(request.tokens, request.longest, shares=not request.prompt_logprobs)
         try:
             self.scheduler.add(sequence)
