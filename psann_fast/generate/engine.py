@@ -18,7 +18,7 @@ from .decoder import Decoder, decoder_for
 from .memory import SHARE, available_bytes
 from .options import EngineOptions
 from .sampling import SamplingBatch, SamplingParams, next_tokens
-from .scheduler import CannotFit, Scheduler, Sequence, Work
+from .scheduler import Scheduler, Sequence, Work
 from .speculation import Lookup
 from .text import TextStream
 
@@ -123,20 +123,22 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._request_of)
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises ValueError for an id that the model does not know, and for a request that can never fit."""
+    def check(self, request: Request) -> None:
+        """Raise ValueError for an id that the model does not know, no seed, or a request that can never fit. Changes nothing."""
         check_ids(request.tokens, self.module.config.vocab_size)
         if request.params.seed is None:
             raise ValueError("seed is None; the engine draws nothing at random, so give every request a whole number below 2^63")
-        sequence = Sequence(request.tokens, request.longest, shares=not request.prompt_logprobs)
-        try:
-            self.scheduler.add(sequence)
-        except CannotFit as refused:
-            raise ValueError(too_long(request, refused.tokens_that_fit, "the cache holds")) from refused
-        request.sequence = sequence
+        if request.longest > self.scheduler.capacity:
+            raise ValueError(too_long(request, self.scheduler.capacity, "the cache holds"))
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises ValueError as check does."""
+        self.check(request)
+        request.sequence = Sequence(request.tokens, request.longest, shares=not request.prompt_logprobs)
+        self.scheduler.add(request.sequence)
         if self.options.speculate and not request.has_penalty:
             request.lookup = Lookup()
-        self._request_of[sequence] = request
+        self._request_of[request.sequence] = request
 
     def cancel(self, request: Request) -> None:
         """End a request between two steps; its blocks are free at once. One that has ended stays as it is."""

@@ -10,7 +10,8 @@ MAX_ROWS rows are a matter for torch's matrix product, with the same rounded wei
 
 from __future__ import annotations
 
-from typing import Iterator
+from functools import partial
+from typing import Any, Callable, Iterator
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,17 +20,18 @@ from psann_kernels.linear import quantize
 from psann_kernels.native import NATIVE, TYPES, WHY_NOT, address
 from torch import Tensor, nn
 
-from ..config import ModelConfig
 from ..models import CacheView
 from ..models.language_model import LanguageModel, sinusoidal
 from ..models.layers import Attention, RMSNorm, SineMLP, WaveBranch
 from ..models.respsann import ResPSANNBlock
 from ..models.waveresnet import WaveResNetBlock
 
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+
 WEIGHT_TYPES = {**TYPES, torch.int8: 3}
 # As linear_native serves; more rows reuse each weight enough for a product that blocks for the caches.
 MAX_ROWS = 8
-# Buffers are kept for steps of at most this many rows; those of a prompt's chunk are made anew.
+# Programs are kept for steps of at most this many rows; that of a prompt's chunk is made anew, for its buffers are large.
 KEPT_ROWS = 64
 
 
@@ -69,38 +71,34 @@ class Matrix:
         self.bias = None if layer.bias is None else layer.bias.detach()
         self._bias32 = None if self.bias is None else self.bias.float().contiguous()
         self.outputs, self.inputs = weight.shape
-        self._pointers = self.weight.data_ptr(), address(self.scale), address(self._bias32)
-        self._type = WEIGHT_TYPES[weight.dtype]
         self._wide: Tensor | None = None
 
-    def __call__(self, x: Tensor, y: Tensor) -> None:
+    def call(self, x: Tensor, y: Tensor) -> Call:
         """Write x (rows, inputs) times the weight, plus bias, into y (rows, outputs); both contiguous, of one dtype."""
         rows = x.shape[0]
         if rows <= MAX_ROWS:
-            NATIVE.linear(
-                x.data_ptr(), *self._pointers, y.data_ptr(), rows, self.inputs, self.outputs, self.inputs, self.inputs,
-                TYPES[x.dtype], self._type, torch.get_num_threads(),
+            return NATIVE.linear, (
+                x.data_ptr(), self.weight.data_ptr(), address(self.scale), address(self._bias32), y.data_ptr(), rows, self.inputs,
+                self.outputs, self.inputs, self.inputs, TYPES[x.dtype], WEIGHT_TYPES[self.weight.dtype], torch.get_num_threads(),
             )  # fmt: skip
-            return
         if self._wide is None:
             wide = self.weight if self.scale is None else self.weight.float() * self.scale[:, None]
             self._wide = wide.to(x.dtype).t()
         if self.bias is None:
-            torch.mm(x, self._wide, out=y)
-        else:
-            torch.addmm(self.bias, x, self._wide, out=y)
+            return partial(torch.mm, out=y), (x, self._wide)
+        return partial(torch.addmm, out=y), (self.bias, x, self._wide)
 
 
 class Norm:
     def __init__(self, norm: RMSNorm) -> None:
         self.scale, self.eps = norm.scale.detach().contiguous(), norm.eps
 
-    def __call__(self, x: Tensor, residual: Tensor | None, y: Tensor, h: Tensor | None) -> None:
-        """y = norm of h, and h = x + residual; h is x itself without a residual."""
+    def call(self, x: Tensor, residual: Tensor | None, y: Tensor) -> Call:
+        """y = norm of x + residual, which x becomes too."""
         rows, features = x.shape
-        NATIVE.rms_norm_forward(
-            x.data_ptr(), address(residual), self.scale.data_ptr(), y.data_ptr(), address(h), rows, features, features, features,
-            self.eps, TYPES[x.dtype], TYPES[self.scale.dtype], torch.get_num_threads(),
+        return NATIVE.rms_norm_forward, (
+            x.data_ptr(), address(residual), self.scale.data_ptr(), y.data_ptr(), 0 if residual is None else x.data_ptr(), rows,
+            features, features, features, self.eps, TYPES[x.dtype], TYPES[self.scale.dtype], torch.get_num_threads(),
         )  # fmt: skip
 
 
@@ -112,12 +110,12 @@ class Sine:
         self.pointers = [t.data_ptr() for t in self._kept]
         self.mode = MODES.index(sine.mode)
 
-    def __call__(self, z: Tensor) -> None:
+    def call(self, z: Tensor) -> Call:
         """In place."""
         rows, features = z.shape
-        NATIVE.damped_sine_forward(
+        return NATIVE.damped_sine_forward, (
             z.data_ptr(), *self.pointers, z.data_ptr(), rows, features, features, TYPES[z.dtype], self.mode, torch.get_num_threads()
-        )
+        )  # fmt: skip
 
 
 class Wave:
@@ -126,13 +124,12 @@ class Wave:
         self._taps, self._bias = wave.weight.detach().float().contiguous(), wave.bias.detach().float().contiguous()
         self._kernel, self._dilation, self._length = wave.kernel_size, wave.dilation, wave.state_length
 
-    def __call__(self, n: Tensor, view: CacheView, layer: int, y: Tensor) -> None:
+    def convolve(self, n: Tensor, view: CacheView, layer: int, y: Tensor) -> None:
         """Convolve the normed inputs n with their past, which lies in the cache; write the sine of that into y."""
         state = None
         if self._length:
             pool = view.wave_cache[layer].view(-1, n.shape[1])
-            slots = view.wave_slots[layer]
-            state = pool.index_select(0, slots.view(-1))
+            state = pool.index_select(0, view.wave_slots[layer].view(-1))
             pool.index_copy_(0, view.slot_mapping, n)
         rows, features = n.shape
         numbers = (rows, features, self._kernel, self._dilation, len(view.seq_lens), 0, features, TYPES[n.dtype], self.sine.mode)
@@ -141,7 +138,7 @@ class Wave:
 
 
 class Layer:
-    """One block; what it leaves is x and an addition to x that nobody has made yet."""
+    """The parts of one block."""
 
     def __init__(self, block: ResPSANNBlock, weights: str) -> None:
         attn, mlp = block.attn, block.mlp
@@ -150,101 +147,124 @@ class Layer:
         self.q, self.k, self.v, self.o = (Matrix(p, weights) for p in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj))
         self.fc1, self.sine, self.fc2 = Matrix(mlp.fc1, weights), Sine(mlp.act), Matrix(mlp.fc2, weights)
         self.alpha = block.alpha.item()
-        self.heads, self.kv_heads, self.head_dim = attn.num_heads, attn.num_kv_heads, attn.head_dim
         self.slopes = None if attn.slopes is None else attn.slopes.beside(attn.q_proj.weight).contiguous()
 
-    def __call__(self, x: Tensor, added: Tensor | None, view: CacheView, layer: int, b: Buffers) -> Tensor:
-        """Updates x in place; returns what is to be added to it, in one of the buffers."""
-        if self.wave is not None:
-            self.wave.norm(x, added, b.n, None if added is None else x)
-            self.wave(b.n, view, layer, b.o)
-            self.wave.out(b.o, b.added)
-            added = b.added
-        self.norm1(x, added, b.n, None if added is None else x)
-        self.q(b.n, b.q)
-        self.k(b.n, b.k)
-        self.v(b.n, b.v)
-        self._attend(view, layer, b)
-        self.o(b.o, b.added)
-        self.norm2(x, b.added, b.n, x)
-        self.fc1(b.n, b.z)
-        self.sine(b.z)
-        self.fc2(b.z, b.added)
-        if self.alpha != 1.0:
-            b.added.mul_(self.alpha)
-        return b.added
-
-    def _attend(self, view: CacheView, layer: int, b: Buffers) -> None:
-        k_cache, v_cache = view.k_cache[layer], view.v_cache[layer]
-        num_blocks, block_size, kv_heads, head_dim = k_cache.shape
-        rows, width, kv_width = len(b.q), self.heads * head_dim, kv_heads * head_dim
-        strides, threads, kind = k_cache.stride()[:3], torch.get_num_threads(), TYPES[b.q.dtype]
-        cos, sin, max_position = address(view.cos), address(view.sin), 0 if view.cos is None else len(view.cos)
-        NATIVE.paged_append(
-            b.k.data_ptr(), b.v.data_ptr(), k_cache.data_ptr(), strides, v_cache.data_ptr(), strides, view.slot_mapping.data_ptr(),
-            view.positions.data_ptr(), cos, sin, True, rows, kv_heads, head_dim, block_size, num_blocks, max_position,
-            kv_width, head_dim, kv_width, head_dim, kind, threads,
-        )  # fmt: skip
-        sequences, max_blocks = view.block_table.shape
-        NATIVE.paged_attention(
-            b.q.data_ptr(), k_cache.data_ptr(), strides, v_cache.data_ptr(), strides, view.block_table.data_ptr(),
-            view.seq_lens.data_ptr(), view.cu_seqlens.data_ptr(), address(self.slopes), b.o.data_ptr(), cos, sin, True, rows, sequences,
-            self.heads, kv_heads, head_dim, block_size, num_blocks, max_blocks, max_position, max_blocks, width, head_dim, 0,
-            head_dim**-0.5, kind, threads,
-        )  # fmt: skip
+    @property
+    def matrices(self) -> list[Matrix]:
+        return [self.q, self.k, self.v, self.o, self.fc1, self.fc2] + ([] if self.wave is None else [self.wave.out])
 
 
-class Buffers:
-    """Activations of a step of `rows` tokens."""
+class Program:
+    """The calls of a step of `rows` tokens, in order, with the buffers that they work on; what depends on the step comes at run."""
 
-    def __init__(self, rows: int, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, decoder: NativeDecoder, rows: int) -> None:
+        config, dtype = decoder.config, decoder.embedding.dtype
         kv_width = config.n_kv_heads * config.head_dim
-        widths = dict(x=config.d_model, n=config.d_model, added=config.d_model, q=config.d_model, k=kv_width, v=kv_width)
-        for name, width in {**widths, "o": config.d_model, "z": config.d_mlp}.items():
-            setattr(self, name, torch.empty(rows, width, dtype=dtype))
+        buffer = lambda width: torch.empty(rows, width, dtype=dtype)  # noqa: E731 (eight uses on the next lines)
+        self.x, self.n, self._added, self._q, self._o = (buffer(config.d_model) for _ in range(5))
+        self._k, self._v, self._z = buffer(kv_width), buffer(kv_width), buffer(config.d_mlp)  # calls hold addresses, not tensors
+        self._num_heads, self._layers = config.n_heads, decoder.layers
+        # For each layer: calls up to its convolution, if it has one, those up to attention, and those after it.
+        self._parts: list[tuple[list[Call], list[Call], list[Call]]] = []
+        added = None  # what is to be added to x, and rides on the next norm
+        for layer in decoder.layers:
+            before: list[Call] = []
+            if layer.wave is not None:
+                before = [layer.wave.norm.call(self.x, added, self.n)]
+                added = self._added
+            middle = [] if layer.wave is None else [layer.wave.out.call(self._o, self._added)]
+            middle.append(layer.norm1.call(self.x, added, self.n))
+            middle += [matrix.call(self.n, y) for matrix, y in ((layer.q, self._q), (layer.k, self._k), (layer.v, self._v))]
+            added = self._added
+            after = [layer.o.call(self._o, added), layer.norm2.call(self.x, added, self.n)]
+            after += [layer.fc1.call(self.n, self._z), layer.sine.call(self._z), layer.fc2.call(self._z, added)]
+            if layer.alpha != 1.0:
+                after.append((added.mul_, (layer.alpha,)))
+            self._parts.append((before, middle, after))
+        self._parts.append(([decoder.last.call(self.x, added, self.n)], [], []))
+
+    def run(self, view: CacheView) -> Tensor:
+        """What the output projection takes, of the embeddings in x."""
+        attend = self._attention_of(view)
+        for index, (layer, (before, middle, after)) in enumerate(zip(self._layers, self._parts)):
+            for function, arguments in before:
+                function(*arguments)
+            if layer.wave is not None:
+                layer.wave.convolve(self.n, view, index, self._o)
+            for function, arguments in middle:
+                function(*arguments)
+            attend(index, layer)
+            for function, arguments in after:
+                function(*arguments)
+        (function, arguments), *_ = self._parts[-1][0]
+        function(*arguments)
+        return self.n
+
+    def _attention_of(self, view: CacheView) -> Callable[[int, Layer], None]:
+        """Appends one layer's keys and values, and attends; what all layers share is looked up once."""
+        num_blocks, block_size, kv_heads, head_dim = view.k_cache[0].shape
+        strides = view.k_cache[0].stride()[:3]
+        (rows, width), kv_width = self._q.shape, kv_heads * head_dim
+        kind, threads = TYPES[self._q.dtype], torch.get_num_threads()
+        rotary = address(view.cos), address(view.sin), True
+        max_position = 0 if view.cos is None else len(view.cos)
+        sequences, max_blocks = view.block_table.shape
+        q, k, v, o = (t.data_ptr() for t in (self._q, self._k, self._v, self._o))
+        append = (
+            view.slot_mapping.data_ptr(), view.positions.data_ptr(), *rotary, rows, kv_heads, head_dim, block_size, num_blocks,
+            max_position, kv_width, head_dim, kv_width, head_dim, kind, threads,
+        )  # fmt: skip
+        tables = view.block_table.data_ptr(), view.seq_lens.data_ptr(), view.cu_seqlens.data_ptr()
+        sizes = (
+            o, *rotary, rows, sequences, self._num_heads, kv_heads, head_dim, block_size, num_blocks, max_blocks, max_position,
+            max_blocks, width, head_dim, 0, head_dim**-0.5, kind, threads,
+        )  # fmt: skip
+
+        def attend(index: int, layer: Layer) -> None:
+            k_cache, v_cache = view.k_cache[index].data_ptr(), view.v_cache[index].data_ptr()
+            NATIVE.paged_append(k, v, k_cache, strides, v_cache, strides, *append)
+            NATIVE.paged_attention(q, k_cache, strides, v_cache, strides, *tables, address(layer.slopes), *sizes)
+
+        return attend
 
 
 class NativeDecoder:
-    """See Decoder. Holds references to the model's weights as they are now; decoder_for makes a new one when they have changed."""
+    """See Decoder. Holds the model's weights as they are now; decoder_for makes a new one when they have changed."""
 
     def __init__(self, module: LanguageModel, weights: str) -> None:
         # Not the module itself: _PREPARED would then keep it alive.
-        self._config, self._embedding = module.config, module.embed.weight.detach()
-        self._layers = [Layer(block, weights) for block in module.blocks]
-        self._last = Norm(module.ln_f)
+        self.config, self.embedding = module.config, module.embed.weight.detach()
+        self.layers = [Layer(block, weights) for block in module.blocks]
+        self.last = Norm(module.ln_f)
         self._head = Matrix(module.lm_head, weights)
-        self._is_sinusoidal = module.config.positional_encoding == "sinusoidal"
-        self._buffers: dict[int, Buffers] = {}
+        self._programs: dict[tuple[int, int], Program] = {}
 
     @property
     def bytes_read(self) -> int:
         """Bytes of weights that a step of one token reads."""
-        matrices = [m for layer in self._layers for m in (layer.q, layer.k, layer.v, layer.o, layer.fc1, layer.fc2)]
-        matrices += [layer.wave.out for layer in self._layers if layer.wave is not None] + [self._head]
+        matrices = [m for layer in self.layers for m in layer.matrices] + [self._head]
         return sum(m.weight.numel() * m.weight.element_size() for m in matrices)
 
     def hidden(self, ids: list[int], view: CacheView) -> Tensor:
-        b = self._buffers_of(len(ids))
-        torch.index_select(self._embedding, 0, torch.tensor(ids), out=b.x)
-        if self._is_sinusoidal:
-            b.x.add_(sinusoidal(view.positions, b.x.shape[1]).to(b.x.dtype))
-        added = None
-        for index, layer in enumerate(self._layers):
-            added = layer(b.x, added, view, index, b)
-        self._last(b.x, added, b.n, b.x)
-        return b.n
+        program = self._program(len(ids))
+        torch.index_select(self.embedding, 0, torch.tensor(ids), out=program.x)
+        if self.config.positional_encoding == "sinusoidal":
+            program.x.add_(sinusoidal(view.positions, self.config.d_model).to(program.x.dtype))
+        return program.run(view)
 
     def logits(self, hidden: Tensor) -> Tensor:
         y = hidden.new_empty(len(hidden), self._head.outputs)
-        self._head(hidden, y)
+        function, arguments = self._head.call(hidden.contiguous(), y)
+        function(*arguments)
         return y
 
-    def _buffers_of(self, rows: int) -> Buffers:
-        held = self._buffers.get(rows)
+    def _program(self, rows: int) -> Program:
+        key = rows, torch.get_num_threads()
+        held = self._programs.get(key)
         if held is None:
-            held = Buffers(rows, self._config, self._embedding.dtype)
+            held = Program(self, rows)
             if rows <= KEPT_ROWS:
-                self._buffers[rows] = held
+                self._programs[key] = held
         return held
 
 

@@ -86,7 +86,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._rows = list(range(max_rows - 1, -1, -1))
-        self.preemptions = 0
+        self.preemptions = self.reused_tokens = 0
 
     @property
     def capacity(self) -> int:
@@ -240,6 +240,7 @@ class Scheduler:
         sequence.blocks, sequence.serials, sequence.cached = blocks, serials[: len(blocks)], cached
         if sequence.preemptions == 0:
             sequence.reused = cached
+            self.reused_tokens += cached
         self._extend(sequence, len(tokens), copies)
         return True
 

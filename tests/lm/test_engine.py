@@ -290,7 +290,7 @@ def test_the_native_decoder_follows_the_weights_and_lets_the_model_go():
     with torch.no_grad():
         module.blocks[0].alpha.fill_(0.5)
     second = native_decoder.prepared(module, "model")
-    assert second is not first and second._layers[0].alpha == 0.5
+    assert second is not first and second.layers[0].alpha == 0.5
     gone = weakref.ref(module)
     del module
     gc.collect()
