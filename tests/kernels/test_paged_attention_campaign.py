@@ -9,7 +9,7 @@ import torch
 from paged_cases import dense, make_case, offsets, rotary_tables, rotated
 from psann_kernels import paged_append, paged_attention
 from psann_kernels.paged_attention import ATTENTION
-from witness import BACKENDS, FORWARD, Budget, assert_within_budget, poisoned_allocations
+from witness import BACKENDS, FORWARD, Budget, assert_within_budget, judge, poisoned_allocations
 
 
 @contextlib.contextmanager
@@ -24,8 +24,8 @@ def splits(least, most):
         yield
 
 
-def draw(rng, dtype):
-    """A call of paged_attention of random shape."""
+def draw(rng, dtype, values=0):
+    """A call of paged_attention of random shape; `values` numbers the draw of its values."""
     block_size = rng.choice([1, 8, 16, 64, 64, rng.randint(2, 40)])
     boundaries = [0, 1, block_size - 1, block_size, block_size + 1, block_size + 5, 2 * block_size, 3 * block_size]
     lengths = [rng.choice([*boundaries, rng.randint(0, 130)]) for _ in range(rng.randint(1, 4))]
@@ -37,7 +37,7 @@ def draw(rng, dtype):
         lengths, new, block_size=block_size, group=rng.choice([1, 1, 2, 3, 4, 8]), num_kv_heads=rng.choice([1, 1, 2, 3]),
         head_dim=rng.choice([2, 16, 24, 40, 64, 128]) if "pairs" in options or "halves" in options else rng.choice([1, 16, 33, 64]),
         dtype=dtype, junk=rng.choice([float("nan"), float("inf"), 1e30]), spare_columns=rng.choice([0, 1, 7]),
-        seed=rng.getrandbits(32), numbering=rng.getrandbits(32), options=options,
+        seed=rng.getrandbits(32) + values, numbering=rng.getrandbits(32), options=options,
         window=rng.choice([1, 2, 16, 17, rng.randint(1, 130)]),
     )  # fmt: skip
 
@@ -96,26 +96,28 @@ def check_capacity(case, backend):
             paged_attention(*call, backend=backend)
 
 
-def check(seed, backend):
+def fill(budgets, seed, values, backend):
+    """Pool random calls of one dtype until there are enough elements, and hold each to what needs no bound."""
     rng = random.Random(seed)
     dtype = rng.choice([torch.float32, torch.float32, torch.float16, torch.bfloat16])
     with splits(rng.choice([16, 16, 64, 256]), rng.choice([2, 4, 32])):
-        budget = Budget(f"{backend} {dtype} o", FORWARD)
-        while budget.elements < 128:  # a maximum over fewer means little
-            case = draw(rng, dtype)
+        elements = 0
+        while elements < 128:  # a maximum over fewer means little
+            case = draw(rng, dtype, values)
             if ATTENTION.refusal(backend, *case.arguments, **case.options) is not None:
                 pytest.skip(f"{backend}: {ATTENTION.refusal(backend, *case.arguments, **case.options)}")
             with poisoned_allocations():
                 o = paged_attention(*case.arguments, **case.options, backend=backend)
+            budget = budgets.setdefault("o", Budget(f"{backend} {dtype} o", FORWARD))
             budget.add(o, dense(case, o.dtype), dense(case, torch.float64))
+            elements += o.numel()
             check_append(case, backend, rng)
             check_company(case, backend, o, rng)
             check_capacity(case, backend)
-        budget.check()
 
 
 @pytest.mark.campaign(weight=2)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_paged_attention_holds_its_bound(backend, campaign):
     for seed in campaign:
-        check(seed, backend)
+        judge(lambda budgets, values: fill(budgets, seed, values, backend))

@@ -7,15 +7,18 @@ import pytest
 import torch
 from psann_kernels.rope_attention import OP
 from test_rope_attention import NAMES, Case, witnesses
-from witness import FORWARD, GRADIENT, assert_within_budget
+from witness import BACKENDS, FORWARD, GRADIENT, Budget, judge
 
 TOKENS = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 130]
 HEAD_DIMS = [16, 24, 40, 64, 96, 128]
 LEAST = 128  # elements, so that their maxima mean something
 
 
-def draw(seed: int) -> Case:
-    """A call of RELIABILITY's attention row: lengths around every tile's edge, empty documents anywhere, groups of 1 to 8."""
+def draw(seed: int, values: int = 0) -> Case:
+    """A random call: lengths around every tile's edge, empty documents anywhere, groups of 1 to 8.
+
+    values  which draw of the tensors, for the same shapes
+    """
     r = random.Random(seed)
     tokens = r.choice(TOKENS)
     keys = tokens if r.random() < 0.6 else r.choice(TOKENS)
@@ -31,25 +34,38 @@ def draw(seed: int) -> Case:
         ends = sorted([*ends, *r.choices([0, *ends, batch * tokens], k=r.randint(0, 3)), batch * tokens])
         documents = [end - start for start, end in zip([0, *ends], ends)]
     return Case(
-        tokens, head_dim, batch=batch, keys=keys, heads=(group * kv_heads, kv_heads), documents=documents, seed=seed,
+        tokens, head_dim, batch=batch, keys=keys, heads=(group * kv_heads, kv_heads), documents=documents, seed=seed + values,
         rotary=r.choice(["pairs", "halves", None]), window=r.choice([None, None, r.randint(1, 140)]), alibi=r.random() < 0.3,
         dtype=r.choice([torch.float32] * 6 + [torch.float16, torch.bfloat16]),
     )  # fmt: skip
 
 
-def check(case: Case) -> None:
-    # Not torch: on a CPU its fused attention makes the weights anew from the log-sum-exp, and in float32 4 of 256 cases have a
-    # dv up to 3.6 times as wrong as the formula's. test_rope_attention.py holds it to the formula on fixed cases.
-    for backend in ("triton", "native"):
+def weight_floor(case: Case) -> float:
+    """What making the weights anew from the log-sum-exp costs dv.
+
+    A score is rounded forward and again backward, together by 2^-23 of its terms, which |q| |k| bounds; the weight moves by that
+    part of itself. Where a query sees one key its weight is exactly 1 and plain torch's dv has no such error.
+    """
+    if case.q.numel() == 0 or case.k.numel() == 0:
+        return 0.0
+    longest = [t.float().norm(dim=-1).max().item() for t in (case.q, case.k)]
+    return 2.0**-23 * case.scale * math.prod(longest) * case.do.abs().max().item()
+
+
+def fill(budgets: dict, seed: int, values: int) -> None:
+    case = draw(seed, values)
+    floors = (0.0, case.floor(case.k), case.floor(case.q), weight_floor(case))
+    for backend in BACKENDS:
         if OP.refusal(backend, case.q, case.k, case.v) is not None:
             continue
-        floors = (0.0, case.floor(case.k), case.floor(case.q), 0.0)
         for name, floor, fast, working, truth in zip(NAMES, floors, *witnesses(case, backend)):
-            factor = FORWARD if name == "o" else GRADIENT
-            assert_within_budget(f"{backend} {name} of {case.label}, {case.q.dtype}", fast, working, truth, factor, floor)
+            what = f"{backend} {name} of {case.label}, {case.q.dtype}"
+            budget = budgets.setdefault((backend, name), Budget(what, FORWARD if name == "o" else GRADIENT))
+            budget.floor = max(budget.floor, floor)
+            budget.add(fast, working, truth)
 
 
 @pytest.mark.campaign(weight=3)
 def test_random_calls(campaign):
     for seed in campaign:
-        check(draw(seed))
+        judge(lambda budgets, values: fill(budgets, seed, values))
