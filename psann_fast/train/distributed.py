@@ -86,7 +86,7 @@ class Group:
             return loss_module
         if not self.is_sharded:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            return nn.parallel.DistributedDataParallel(loss_module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+            return nn.parallel.DistributedDataParallel(loss_module, device_ids=ids, gradient_as_bucket_view=True)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 

@@ -193,7 +193,7 @@ class _Training:
 
     def _backward(self, data: feed.StepData) -> Tensor:
         """Gradients of the mean loss over the targets of the step; returns that loss."""
-        loss = torch.zeros((), device=self.device)
+        parts = []
         for index, batch in enumerate(data.batches):
             with self.group.exchange(self.wrapped, index + 1 == len(data.batches)):
                 with autocast(self.dtype, self.device):
@@ -201,8 +201,8 @@ class _Training:
                     part = self.wrapped(*on_device(batch, self.device)) / data.targets
                 # The processes' gradients are averaged; their losses are parts of one mean.
                 self.scaler.scale(part * self.group.size if self.group.size > 1 else part).backward()
-                loss += part.detach()
-        return self.group.sum(loss)
+                parts.append(part.detach())
+        return self.group.sum(torch.stack(parts).sum())
 
     def _after(self, loss: Tensor, norm: Tensor, rate: float) -> None:
         """What is due after a step: a row, a validation, a sample, a checkpoint."""
