@@ -190,7 +190,7 @@ def sources():
 setup(
     packages=find_packages(include=["psann_fast", "psann_fast.*"]) + ["psann_kernels"],
     package_dir={"psann_kernels": PACKAGE},
-    package_data={"psann_fast": ["py.typed", "presets/*.yaml"], "psann_kernels": ["py.typed", "metadata.json"]},
+    package_data={"psann_fast": ["py.typed", "presets/*.yaml", "generate/server/*.html"], "psann_kernels": ["py.typed", "metadata.json"]},
     ext_modules=[Extension("psann_kernels._native", sources=sources())],
     cmdclass={"build_ext": BuildNative},
 )

@@ -1,4 +1,4 @@
-"""The command line: psann-fast train | generate | eval | import | export | doctor."""
+"""The command line: psann-fast train | generate | chat | serve | eval | import | export | doctor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .data import default_corpus, psannLMDataPrep
 from .data.documents import read_paths
 from .doctor import report
 from .estimator import psannLM
-from .generate.sampling import SamplingParams
+from .generate import commands as writing
 from .integrations.export import export, import_exported
 from .version import __version__
 
@@ -77,13 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     for title, kind in (("model", ModelConfig), ("data", DataConfig), ("train", TrainConfig)):
         _add_fields(train, title, kind, skip={"checkpoint_dir", "max_length" if kind is ModelConfig else ""})
 
-    generate = commands.add_parser("generate", help="continue a prompt with a trained model")
-    generate.set_defaults(run=_generate)
-    _add_model(generate)
-    generate.add_argument("--prompt", default="", help="text to continue; '-' reads standard input (default: begin a document)")
-    for f in dataclasses.fields(SamplingParams):
-        many = {"nargs": "+"} if f.name == "stop" else {}
-        generate.add_argument(_flag(f.name), default=argparse.SUPPRESS, metavar="VALUE", help=f"default: {f.default}", **many)
+    writing.add_to(commands, _add_model)
 
     evaluate = commands.add_parser("eval", help="nats per token and bits per byte on text")
     evaluate.set_defaults(run=_eval)
@@ -170,25 +164,6 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _generate(options: argparse.Namespace) -> int:
-    model = psannLM.load(options.model, backend=options.backend, device=options.device)
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    sampling: dict[str, Any] = {}
-    for f in dataclasses.fields(SamplingParams):
-        if hasattr(options, f.name):
-            value = getattr(options, f.name)
-            sampling[f.name] = value if f.name == "stop" else configuration.coerced_scalar(value)
-    print(prompt, end="", flush=True)
-    began, written = time.perf_counter(), ""
-    for piece in model.stream(prompt, **sampling):
-        written += piece
-        print(piece, end="", flush=True)
-    seconds = time.perf_counter() - began
-    tokens = len(model.tokenizer.encode(written))
-    print(f"\n\n[{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s]", file=sys.stderr)
-    return 0
-
-
 def _eval(options: argparse.Namespace) -> int:
     model = psannLM.load(options.model, backend=options.backend, device=options.device)
     result = model.score(read_paths(options.data))
@@ -201,6 +176,8 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
+    if Path(options.path).resolve() == Path(options.out).resolve():
+        raise ValueError(f"--out is {options.out}, which is what is imported; pass another folder")
     if Path(options.path).is_dir():
         model = import_exported(options.path, device="cpu")
     else:

@@ -5,6 +5,7 @@ A draw is a function of (request seed, position) and of the row's own logits, so
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 from dataclasses import dataclass
@@ -59,6 +60,10 @@ class SamplingParams:
         for stop in self.stop_strings:
             if not isinstance(stop, str) or not stop:
                 raise ValueError(f"stop is {self.stop!r}; it must be a non-empty string, several of them, or None")
+
+    def with_seed(self, seed: int) -> SamplingParams:
+        """These parameters with another seed."""
+        return dataclasses.replace(self, seed=seed)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
