@@ -50,9 +50,11 @@ def export(model: psannLM, folder: str | Path) -> list[str]:
     """Write a folder that transformers loads: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True), also where
     psann-fast is not installed. Weights, configuration, modelling code, model card, and a fast tokenizer where ours can be one.
 
-    Returns sentences on what does not carry over. Raises as to_transformers.
+    Returns sentences on what does not carry over. Raises as to_transformers; ValueError for a folder that holds something else.
     """
     folder, notes = Path(folder), []
+    if folder.is_dir() and any(folder.iterdir()) and not _is_exported(folder):
+        raise ValueError(f"export: {folder} holds something else; pass a new folder, or one that was exported before")
     theirs = to_transformers(model)
     theirs.save_pretrained(folder)
     if model.tokenizer is None:
@@ -90,6 +92,8 @@ def import_exported(folder: str | Path, *, backend: str = "auto", device: str = 
     from ..estimator import psannLM
 
     folder = Path(folder)
+    if (folder / "manifest.json").is_file():
+        raise CheckpointError(f"{folder} holds a model of psann-fast, not an exported one; psannLM.load({str(folder)!r}) reads it")
     try:
         described = _read_json(folder / "config.json")
         if described.get("model_type") != "psann":
@@ -119,6 +123,10 @@ def import_exported(folder: str | Path, *, backend: str = "auto", device: str = 
             raise
         raise CheckpointError(f"{folder} does not hold a usable model: {error}") from error
     return model
+
+
+def _is_exported(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and _read_json(folder / "config.json").get("model_type") == "psann"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -194,7 +202,7 @@ def _our_config(described: Mapping[str, Any], backend: str, device: str) -> Mode
 
 def _card(model: psannLM, has_tokenizer: bool) -> str:
     config = model.config
-    loads = "tokenizer = AutoTokenizer.from_pretrained(folder)\n" if has_tokenizer else ""
+    loads = "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n" if has_tokenizer else ""
     runs = (
         'ids = tokenizer("The ", return_tensors="pt").input_ids\nprint(tokenizer.decode(model.generate(ids, max_new_tokens=40)[0]))\n'
         if has_tokenizer

@@ -10,8 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_psann import PSANNConfig
 
@@ -162,11 +164,11 @@ class PSANNAttention(nn.Module):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        y, _ = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        return self.dropout(self.o_proj(y.flatten(-2)))
+        y, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return self.dropout(self.o_proj(y.flatten(-2))), weights
 
 
-class PSANNBlock(nn.Module):
+class PSANNBlock(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.norm1 = PSANNRMSNorm(config.hidden_size)
@@ -180,7 +182,7 @@ class PSANNBlock(nn.Module):
     def forward(self, x, position_ids, position_embeddings, attention_mask, past_key_values, **kwargs):
         if hasattr(self, "wave"):
             x = x + self.wave(x, position_ids, past_key_values)
-        x = x + self.attn(self.norm1(x), position_embeddings, attention_mask, past_key_values, **kwargs)
+        x = x + self.attn(self.norm1(x), position_embeddings, attention_mask, past_key_values, **kwargs)[0]
         return x + self.alpha * self.mlp(self.norm2(x))
 
 
@@ -235,6 +237,9 @@ class PSANNPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
+    supports_gradient_checkpointing = True
+    # What output_hidden_states and output_attentions give.
+    _can_record_outputs = {"hidden_states": PSANNBlock, "attentions": PSANNAttention}
 
     def _init_weights(self, module):
         if isinstance(module, nn.Linear):
@@ -261,6 +266,7 @@ class PSANNModel(PSANNPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(PSANNBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
         self.ln_f = PSANNRMSNorm(config.hidden_size)
+        self.gradient_checkpointing = False
         self.post_init()
 
     def get_input_embeddings(self):
@@ -269,6 +275,7 @@ class PSANNModel(PSANNPreTrainedModel):
     def set_input_embeddings(self, value):
         self.embed = value
 
+    @capture_outputs
     def forward(
         self,
         input_ids=None,
@@ -307,7 +314,9 @@ class PSANNModel(PSANNPreTrainedModel):
             rotary = (angle.cos().to(wide), angle.sin().to(wide))
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, position_ids, rotary, mask, past_key_values, **kwargs)
+            x = block(
+                x, position_ids=position_ids, position_embeddings=rotary, attention_mask=mask, past_key_values=past_key_values, **kwargs
+            )
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(x), past_key_values=past_key_values if use_cache else None)
 
     def _alibi(self, mask, past, x, kwargs):
@@ -340,14 +349,16 @@ class PSANNForCausalLM(PSANNPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.lm_head = value
 
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, attention_mask=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, attention_mask=None, inputs_embeds=None, **kwargs
+    ):
         # The newest document's beginning may lie among the cached tokens, which forward does not see.
         separator = self.config.separator_token_id
-        is_whole = kwargs.get("inputs_embeds") is None and (attention_mask is None or attention_mask.shape == input_ids.shape)
+        is_whole = inputs_embeds is None and (attention_mask is None or attention_mask.shape == input_ids.shape)
         if is_whole and separator is not None and bool((input_ids == separator).any()):
             kwargs["position_ids"] = document_positions(input_ids, attention_mask, separator)
         return super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, attention_mask=attention_mask, **kwargs
+            input_ids, next_sequence_length=next_sequence_length, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
 
     @staticmethod
@@ -372,4 +383,7 @@ class PSANNForCausalLM(PSANNPreTrainedModel, GenerationMixin):
             if labels is None
             else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         )
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )  # fmt: skip

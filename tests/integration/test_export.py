@@ -142,6 +142,39 @@ def test_a_separator_stands_alone(base, positions):
         assert torch.equal(batch[2:, 10:], alone)
 
 
+@torch.no_grad()
+def test_generation_from_embeddings_and_by_guessing_ahead():
+    ours = tiny(tokenizer="simple")
+    ours.module.double()
+    theirs, ids = to_transformers(ours), ids_of(ours)[:1]
+    options = dict(max_new_tokens=9, do_sample=False, pad_token_id=0, eos_token_id=None)
+    expected = theirs.generate(ids, **options)
+    assert torch.equal(theirs.generate(inputs_embeds=theirs.get_input_embeddings()(ids), **options), expected[:, 13:])
+    repeated = torch.cat((ids, ids[:, :9]), 1)  # so that looking a continuation up finds some that are wrong
+    assert torch.equal(theirs.generate(repeated, prompt_lookup_num_tokens=4, **options), theirs.generate(repeated, **options))
+    first = theirs.generate(ids, return_dict_in_generate=True, **options | {"max_new_tokens": 4})
+    rest = theirs.generate(first.sequences, past_key_values=first.past_key_values, **options | {"max_new_tokens": 5})
+    assert torch.equal(rest, expected)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_what_transformers_records_and_checkpoints(base):
+    theirs, ids = to_transformers(tiny(base)), ids_of(tiny(base))
+    theirs.set_attn_implementation("eager")
+    found = theirs(ids, output_hidden_states=True, output_attentions=True)
+    assert len(found.hidden_states) == 4 and found.hidden_states[0].shape == (3, 13, 16)
+    assert torch.equal(theirs.lm_head(found.hidden_states[-1]), found.logits)
+    assert [weights.shape for weights in found.attentions] == [(3, 4, 13, 13)] * 3
+    gradients = []
+    for change in (None, theirs.activation_checkpointing_enable):
+        if change is not None:
+            change()
+        theirs.train().zero_grad()
+        theirs(ids, labels=ids).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in theirs.parameters()])
+    assert all(torch.equal(plain, checkpointed) for plain, checkpointed in zip(*gradients, strict=True))
+
+
 def test_continuous_batching():
     ours = tiny("respsann")
     theirs, ids = to_transformers(ours), ids_of(ours)
@@ -171,7 +204,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 folder = sys.argv[1]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 ids = torch.tensor(json.loads(sys.argv[2]))
 with torch.no_grad():
     logits = model(ids).logits
@@ -246,8 +279,16 @@ def test_the_command_line_exports_and_imports(tmp_path, capsys):
     ours = tiny(tokenizer="simple")
     ours.save(tmp_path / "ours")
     assert cli.main(["export", str(tmp_path / "ours"), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+    assert cli.main(["export", str(tmp_path / "ours"), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0  # over itself
     assert cli.main(["import", str(tmp_path / "hf"), "--out", str(tmp_path / "back")]) == 0
     assert "with its simple tokenizer" in capsys.readouterr().out
+    for arguments, message in [
+        (["export", str(tmp_path / "ours"), "--to", "hf", "--out", str(tmp_path / "back")], "holds something else; pass a new folder"),
+        (["import", str(tmp_path / "hf"), "--out", str(tmp_path / "hf")], "which is what is imported"),
+        (["import", str(tmp_path / "ours"), "--out", str(tmp_path / "x")], "psannLM.load"),
+        (["export", str(tmp_path / "nothing"), "--to", "hf", "--out", str(tmp_path / "x")], "is not a folder"),
+    ]:
+        assert cli.main(arguments) == 2 and message in capsys.readouterr().err
     back, ids = psannLM.load(tmp_path / "back", device="cpu"), ids_of(ours)
     assert torch.equal(back.module(ids), ours.module(ids))
     assert back.generate("The", max_new_tokens=5, temperature=0) == ours.generate("The", max_new_tokens=5, temperature=0)
