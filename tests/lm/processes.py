@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import resource
 import socket
 import sys
 import time
@@ -145,3 +146,16 @@ def fit_and_save_slowly(folder: Path, seconds: float) -> None:
 
     Checkpoints._write_last = slow
     fit_until_told(folder, {"save_interval_steps": 5})
+
+
+def save_under_a_limit(folder: Path) -> None:
+    """A save that the system stops in the middle of a file; the error must say so, and the one before must stay."""
+    kept = Checkpoints(folder, model_files, keep=2)
+    kept.save("last", numbered(1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    try:
+        kept.save("last", numbered(2))
+    except OSError as error:
+        assert "bytes are needed" in str(error), error
+    else:
+        raise AssertionError("a file larger than the limit was written")
