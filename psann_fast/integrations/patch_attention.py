@@ -67,8 +67,9 @@ def of_transformers(model: nn.Module, backend: str) -> Plan | None:
         return kept("", old, ALREADY)
     if not getattr(model, "_supports_attention_backend", False):
         return kept("", old, "this model does not take another attention (_supports_attention_backend)")
-    if getattr(config, "attention_dropout", 0.0):
-        return kept("", old, f"attention_dropout is {config.attention_dropout}, and the kernels have none")
+    reason = _not_served(model, config)
+    if reason is not None:
+        return kept("", old, reason)
     device = next((p.device.type for p in model.parameters()), "cpu")
     chosen = {"auto": "triton" if device == "cuda" else "torch"}.get(for_model(backend, OPS["rope_attention"]), backend)
     chosen, refusal = serving(OPS["rope_attention"], chosen, (torch.empty(1, 1, 1, 16, device=device),) * 3, {})
@@ -82,6 +83,18 @@ def of_transformers(model: nn.Module, backend: str) -> Plan | None:
         return lambda: model.set_attn_implementation(before)
 
     return Row("", old, "rope_attention, paged_attention", chosen, "rotation stays in the model's own code"), apply
+
+
+def _not_served(model: nn.Module, config: Any) -> str | None:
+    """What this model's attention does and the kernels do not, or None. Attention itself would raise, at the first batch."""
+    if getattr(config, "attention_dropout", 0.0):
+        return f"attention_dropout is {config.attention_dropout}, and the kernels have none"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return f"it caps scores (attn_logit_softcapping={config.attn_logit_softcapping}), and the kernels do not"
+    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
+        return "its attention has sinks, and the kernels have none"
+    causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    return None if causal and all(causal) else "not all of its attention is known to be causal, and the kernels are"
 
 
 KINDS = (of_psannlm,)

@@ -275,3 +275,21 @@ def test_a_llama_of_transformers():
     model.config.attention_dropout = 0.1
     with pytest.raises(PatchError, match="attention_dropout is 0.1"):
         patch(model, strict=True)
+
+
+@pytest.mark.parametrize(
+    "family, options, reason",
+    [
+        ("Gemma2ForCausalLM", dict(head_dim=8), "it caps scores (attn_logit_softcapping=50.0)"),
+        ("GptOssForCausalLM", dict(head_dim=8, num_local_experts=2, num_experts_per_tok=1), "its attention has sinks"),
+        ("BertModel", {}, "not all of its attention is known to be causal"),
+        ("T5Model", dict(num_layers=1, d_kv=8, d_ff=16, num_heads=2, d_model=16), "does not take another attention"),
+    ],
+)
+def test_models_whose_attention_is_another(family, options, reason):
+    """Replacing it would raise at the first batch."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    kind = getattr(transformers, family)
+    row = patch(kind(kind.config_class(**sizes | options)), dry_run=True).rows[-1]
+    assert row.new is None and row.old.startswith("attention") and reason in row.reason
