@@ -246,6 +246,19 @@ def test_the_command_line_imports(tmp_path, capsys):
     assert "drop names ['head']" in capsys.readouterr().err
 
 
+def test_the_command_line_leaves_the_wave_branch_behind_by_name_alone(tmp_path, capsys):
+    module = theirs("wave", temporal=LMTemporalConfig(mode="interleave"))
+    estimator(module).save(str(tmp_path / "model.pt"))
+    arguments = ["import", str(tmp_path / "model.pt"), "--out", str(tmp_path / "ours")]
+    assert cli.main(arguments) == 2
+    assert "looks at later tokens" in capsys.readouterr().err and not (tmp_path / "ours").exists()
+    assert cli.main([*arguments, "--drop", "wave"]) == 0
+    assert "note: from_psannlm: the wave branch was left behind as asked" in capsys.readouterr().err
+    for block in module.blocks:
+        block.wave = None
+    assert_same_logits(psannLM.load(tmp_path / "ours", device="cpu"), module)
+
+
 # -- hostile files ------------------------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +298,7 @@ def executed(*arguments):
 @pytest.mark.parametrize(
     "function, name", [(executed, "executed"), (eval, "eval"), (open, "open"), (torch.load, "torch"), (getattr, "getattr")]
 )
-@pytest.mark.parametrize("place", ["top", "config", "state_dict", "optim"])
+@pytest.mark.parametrize("place", ["top", "config", "state_dict", "optim", "tokenizer"])
 def test_a_pickle_that_calls_something_executes_nothing(function, name, place, good, tmp_path):
     witness = tmp_path / "witness"
     call = Call(function, str(witness), "w") if function is open else Call(function, f"open({str(witness)!r}, 'w')")
@@ -296,6 +309,14 @@ def test_a_pickle_that_calls_something_executes_nothing(function, name, place, g
         with pytest.raises(UnsafeFile, match=f"call .*{name}.*nothing was executed"):
             convert(with_pickle(good, pickle.dumps(content, 2)))
     assert not witness.exists()
+
+
+def test_a_pickle_that_calls_something_ends_the_command(good, tmp_path, capsys):
+    witness = tmp_path / "witness"
+    path = with_pickle(good, pickle.dumps({"state_dict": {}, "config": Call(eval, f"open({str(witness)!r}, 'w')")}, 2))
+    assert cli.main(["import", str(path), "--out", str(tmp_path / "ours")]) == 2
+    assert "nothing was executed" in capsys.readouterr().err
+    assert not witness.exists() and not (tmp_path / "ours").exists()
 
 
 def test_the_payloads_do_execute_when_unpickled():
