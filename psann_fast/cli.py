@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import sys
 import time
 import warnings
@@ -20,10 +21,13 @@ from . import settings as presets
 from .config import DataConfig, ModelConfig, TrainConfig
 from .data import default_corpus, psannLMDataPrep
 from .data.documents import read_paths
+from .data.shards import is_shards
+from .data.tokenizing import SHARD_TOKENS, tokenize
 from .doctor import report
 from .estimator import psannLM
 from .generate import commands as writing
 from .integrations.export import export, import_exported
+from .train.runs import differences, find_runs, summary
 from .version import __version__
 
 USER_ERRORS = (ValueError, TypeError, OSError, BackendError, FloatingPointError, ModuleNotFoundError)
@@ -71,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
     train.add_argument("--preset", default="quickstart", help=f"one of {', '.join(presets.presets())} (default: quickstart)")
     train.add_argument("--config", metavar="FILE", help="YAML file with the sections model, data, train")
-    train.add_argument("--data", nargs="+", metavar="PATH", help="text files, or folders of .txt files (default: embedded corpus)")
+    train.add_argument("--data", nargs="+", metavar="PATH", help="text files, folders of .txt files, or one folder that "
+                       "`psann-fast tokenize` wrote (default: embedded corpus)")  # fmt: skip
     train.add_argument("--out", metavar="FOLDER", help="run folder (default: runs/<preset>-<date>-<time>)")
     train.add_argument("--prompt", default="The ", help="what the trained model continues at the end")
     for title, kind in (("model", ModelConfig), ("data", DataConfig), ("train", TrainConfig)):
@@ -92,6 +97,25 @@ def _parser() -> argparse.ArgumentParser:
     importer.add_argument("--drop", action="append", default=[], metavar="PART", help="leave a part behind: wave, psannlm's wave branch")
     importer.add_argument("--n-heads", type=int, metavar="N", help="for psannlm files that do not say it")
     importer.add_argument("--positional-encoding", metavar="NAME", help="rope, alibi or sinusoidal, for psannlm files that do not say it")
+
+    tokenizing = commands.add_parser("tokenize", help="turn a large corpus into token shards to train from")
+    tokenizing.set_defaults(run=_tokenize)
+    tokenizing.add_argument("--data", nargs="+", metavar="PATH", required=True, help=".txt, .jsonl or .parquet files, or folders of them")
+    tokenizing.add_argument("--out", metavar="FOLDER", required=True, help="folder for the shards; `psann-fast train --data FOLDER` reads it")
+    tokenizing.add_argument("--tokenizer", default="auto", help="auto, simple, sentencepiece or tokenizers, trained on a sample of the corpus")
+    tokenizing.add_argument("--tokenizer-model-path", metavar="PATH", help="a prebuilt tokenizer instead: .model, .json, or a saved folder")
+    tokenizing.add_argument("--vocab-size", type=int, metavar="N", help=f"of a tokenizer that is trained (default: {DataConfig.tokenizer_vocab_size})")
+    tokenizing.add_argument("--field", default="text", help="where JSON lines and Parquet rows have their text (default: text)")
+    tokenizing.add_argument("--by-line", action="store_true", help="each line of a text file is a document (default: each file)")
+    tokenizing.add_argument("--val-split", type=float, default=0.0, metavar="SHARE", help="share of the documents for validation (default: 0)")
+    tokenizing.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each CPU)")
+    tokenizing.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help=f"tokens of a shard, about (default: {SHARD_TOKENS})")
+    tokenizing.add_argument("--seed", type=int, default=DataConfig.seed, help="of the tokenizer's sample and the split")
+
+    lister = commands.add_parser("runs", help="list and compare run folders")
+    lister.set_defaults(run=_runs)
+    lister.add_argument("folders", nargs="*", default=["runs"], metavar="FOLDER", help="run folders, or a folder that holds them (default: runs)")
+    lister.add_argument("--json", action="store_true", help="print JSON")
 
     exporter = commands.add_parser("export", help="write a model for another library")
     exporter.set_defaults(run=_export)
@@ -145,13 +169,20 @@ def _train(options: argparse.Namespace) -> int:
     if options.config is not None:
         layers.append(presets.load_file(options.config))
     chosen = presets.merged(*layers, _given(options))
-    folder = Path(options.out or chosen["train"].pop("checkpoint_dir", None) or time.strftime(f"runs/{options.preset}-%Y%m%d-%H%M%S"))
+    given = options.out or chosen["train"].pop("checkpoint_dir", None)
+    if given is None and chosen["train"].get("resume") == "auto":
+        raise ValueError("resume is auto, but no run folder is given; name the one to continue with --out")
+    folder = Path(given or time.strftime(f"runs/{options.preset}-%Y%m%d-%H%M%S"))
     settings = configuration.build(TrainConfig, "train", {**chosen["train"], "checkpoint_dir": folder})
     torch.manual_seed(settings.seed)
-    source = {"texts": default_corpus()} if options.data is None else {"paths": options.data}
-    data = psannLMDataPrep(**source, **chosen["data"])
+    data = _data(options, chosen["data"])
     model = psannLM(**chosen["model"])
     model.fit(data, train_config=settings)
+    if int(os.environ.get("RANK", 0)) > 0:
+        return 0  # process 0 speaks for all
+    if not model.history_:
+        print(f"{folder} holds a finished run: nothing was left to train")
+        return 0
 
     print(f"\n{options.prompt}", end="", flush=True)
     for piece in model.stream(options.prompt, max_new_tokens=120, temperature=0.8, seed=settings.seed):
@@ -161,6 +192,50 @@ def _train(options: argparse.Namespace) -> int:
     print(f"\n\nloss {last['loss']:.3f}{validation} after {last['step']} steps, {last['tokens']:,} tokens, {last['seconds']:.0f} s")
     print(f"run folder: {folder} (weights, config.yaml, tokenizer, metrics.csv, loss.png)")
     print(f"more text:  psann-fast generate {folder} --prompt 'The '")
+    return 0
+
+
+def _data(options: argparse.Namespace, chosen: dict[str, Any]) -> psannLMDataPrep:
+    """The training data that --data names."""
+    if options.data is None:
+        return psannLMDataPrep(default_corpus(), **chosen)
+    if not any(map(is_shards, options.data)):
+        return psannLMDataPrep(paths=options.data, **chosen)
+    if len(options.data) > 1:
+        raise ValueError(f"--data names {len(options.data)} paths, one of them token shards; name one folder of shards alone")
+    decided = [name for name in _given(options)["data"] if name not in ("max_length", "seed")]
+    if decided:
+        raise ValueError(f"{_flag(decided[0])} was decided when {options.data[0]} was tokenized; leave it out, or tokenize anew")
+    return psannLMDataPrep.from_shards(options.data[0], **{name: chosen[name] for name in ("max_length", "seed") if name in chosen})
+
+
+def _tokenize(options: argparse.Namespace) -> int:
+    names = ("tokenizer", "tokenizer_model_path", "vocab_size", "field", "by_line", "val_split", "workers", "shard_tokens", "seed")
+    parts = tokenize(options.data, options.out, **{name: getattr(options, name) for name in names})
+    for part, found in parts.items():
+        if found["shards"]:
+            print(f"{part}: {found['documents']:,} documents, {found['bytes']:,} bytes, {found['tokens']:,} tokens in {len(found['shards'])} shards")
+    print(f"train on them:  psann-fast train --data {options.out}")
+    return 0
+
+
+def _runs(options: argparse.Namespace) -> int:
+    runs = find_runs(options.folders)
+    rows, differing = [summary(run) for run in runs], differences(runs)
+    if options.json:
+        print(json.dumps({"runs": rows, "differences": differing}, indent=2))
+        return 0
+    if not rows:
+        print(f"no run in {', '.join(options.folders)}")
+        return 0
+    width = max(len(row["run"]) for row in rows)
+    print(f"{'run':{width}}  {'step':>7}  {'loss':>7}  {'val':>7}  {'best':>7}  {'tokens/s':>9}  {'MFU':>5}")
+    show = lambda value, form: "-" if value is None else format(value, form)  # noqa: E731 (one line's worth)
+    for row in sorted(rows, key=lambda row: row["best_val_loss"] or float("inf")):
+        cells = [("step", ">7,d"), ("loss", ">7.4f"), ("val_loss", ">7.4f"), ("best_val_loss", ">7.4f"), ("tokens_per_second", ">9,.0f"), ("mfu", ">5.0%")]
+        print(f"{row['run']:{width}}  " + "  ".join(show(row[name], form).rjust(int(form[1])) for name, form in cells))
+    for name, values in differing.items():
+        print(f"{name}: " + ", ".join(f"{run} {value}" for run, value in values.items()))
     return 0
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from ..config import DataConfig, build, option_names, unknown_option
 from .documents import checked_texts, read_paths, split_documents
 from .packing import Examples, pack
+from .shards import Shards
 from .tokenizer import Tokenizer, load_tokenizer, resolve, train_tokenizer
 
 
@@ -70,6 +71,28 @@ class psannLMDataPrep:
         self.val_tokens = self.val_dataset.target_tokens if self.val_dataset else 0
         self.train_bytes, self.val_bytes = _bytes_in(train_texts), _bytes_in(self.val_texts)
         self.used_ids = np.flatnonzero(np.bincount(self.dataset.stream, minlength=self.vocab_size))
+
+    @classmethod
+    def from_shards(cls, folder: str | Path, *, max_length: int = 256, seed: int = 1337, verify: bool = True) -> psannLMDataPrep:
+        """The token shards that `psann-fast tokenize` wrote, for fit: memory-mapped, in constant memory whatever their size.
+
+        max_length  tokens of a window
+        seed        of the order of the examples
+        verify      read everything once and compare checksums
+
+        val_texts is empty and used_ids None: nothing is kept of the texts. Raises ValueError for a folder that cannot be used.
+        """
+        shards = Shards(folder, verify=verify)
+        self = cls.__new__(cls)
+        self.config = DataConfig(tokenizer=shards.tokenizer.name, max_length=max_length, seed=seed)
+        self.tokenizer, self.tokenizer_backend, self.vocab_size = shards.tokenizer, shards.tokenizer.name, shards.tokenizer.vocab_size
+        self.pad_id, self.eos_id = shards.tokenizer.pad_id, shards.tokenizer.eos_id
+        self.dataset = shards.examples("train", max_length, seed)
+        self.val_dataset = shards.examples("validation", max_length, seed) if "validation" in shards.parts else None
+        self.train_tokens, self.val_tokens = (shards.parts.get(part, {}).get("tokens", 0) for part in ("train", "validation"))
+        self.train_bytes, self.val_bytes = (shards.parts.get(part, {}).get("bytes", 0) for part in ("train", "validation"))
+        self.val_texts, self.used_ids = [], None
+        return self
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -51,6 +51,7 @@ class Examples(torch.utils.data.Dataset):
     eos_id       the separator; wherever it stands, a document ends
     pad_id       fills the rest of a window; each such token is a document of its own, and its target is IGNORED
     seed         of the order in which an epoch takes the examples
+    shrink       False: windows have max_length tokens even where the stream has fewer (packed only)
     name         what the log calls the stream
     pack         True: windows lie end to end. False: every document, with the separator before it, has windows of its own
 
@@ -64,7 +65,8 @@ class Examples(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, stream: np.ndarray, max_length: int, *, eos_id: int, pad_id: int, pack: bool = True, seed: int = 1337, name: str = "text"
+        self, stream: np.ndarray, max_length: int, *, eos_id: int, pad_id: int, pack: bool = True, seed: int = 1337,
+        shrink: bool = True, name: str = "text",
     ) -> None:
         if max_length < 1:
             raise ValueError(f"Examples: max_length is {max_length}; a window has at least 1 token")
@@ -81,7 +83,7 @@ class Examples(torch.utils.data.Dataset):
             separators = np.flatnonzero(stream == eos_id)
             lengths = np.diff(separators)
             longest = int(lengths.max())
-        self.window = min(max_length, longest)
+        self.window = min(max_length, longest) if shrink else max_length
         if self.window < max_length:
             LOGGER.warning(
                 "the %s has %d tokens, fewer than a window of %d: its windows have %d tokens",
@@ -122,7 +124,10 @@ class Examples(torch.utils.data.Dataset):
             starts = indices * self.window
             counts = np.minimum(self.window, ring - starts)
             places = ((starts + offset) % ring)[:, None] + steps
-            places[places >= ring] -= ring
+            if self.window <= ring:
+                places[places >= ring] -= ring
+            else:
+                places %= ring
         else:
             starts = self._starts[indices]
             counts = np.minimum(self.window, self._ends[indices] - starts)
