@@ -110,7 +110,7 @@ def run_section(
         try:
             rows = measure()
         except FAILURES as error:
-            rows = [{"case": name, "failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}]
+            rows = [{"case": name, "failed": describe(error)}]
             is_lost = isinstance(error, torch.AcceleratorError)
         else:
             is_lost = False
@@ -120,11 +120,21 @@ def run_section(
         report.rows += rows
         report.append({"ends": name})
         report.done.add(name)
-        if is_lost:  # a device that failed in a kernel answers every later call of the process with the same error
+        if is_lost:  # every later case would fail with it
             raise SystemExit(f"{section}: the device failed in {name!r}; run the same command again to go on after it")
     report.is_complete = True
     report.append({"complete": True, "seconds": round(clock() - started, 1)})
     return report
+
+
+def raise_if_lost(error: BaseException) -> None:
+    """A device that failed in a kernel answers every later call of the process with the same error."""
+    if isinstance(error, torch.AcceleratorError):
+        raise error
+
+
+def describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def short(row: Row) -> str:
