@@ -108,7 +108,9 @@ class AsyncEngine:
         """Take no more requests; give those that run `drain_seconds` to end, then cancel them and stop the thread."""
         self._is_closing = True
         if drain_seconds > 0 and self.failure is None:
-            await asyncio.wait([asyncio.ensure_future(self._idle.wait())], timeout=drain_seconds)
+            waiting = asyncio.ensure_future(self._idle.wait())
+            await asyncio.wait([waiting], timeout=drain_seconds)
+            waiting.cancel()
         self._post("stop", None)
         await asyncio.to_thread(self._thread.join)
 

@@ -43,6 +43,7 @@ class PagedCache:
         self._v = [self._new(*kv_width) for _ in range(config.n_layers)]
         self._wave = [self._new(config.d_model if length else 0) for length in self._state_lengths]
         self._table = np.zeros((max_rows, 8), dtype=np.int32)
+        self._no_slots = torch.zeros((max_rows, 0), dtype=torch.int64, device=like.device)
 
     @property
     def bytes_held(self) -> int:
@@ -88,11 +89,15 @@ class PagedCache:
             begins.append(w.begin)
             ends.append(w.end)
             widest = max(widest, len(s.blocks))
-        table = self._table[rows, :widest]
-        starts, counts = np.array(begins), np.subtract(ends, begins)
-        offsets = np.concatenate(([0], np.cumsum(counts)))
-        owner = np.repeat(np.arange(len(work)), counts)
-        positions = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], counts)
+        table, starts = self._table[rows, :widest], np.array(begins)
+        if sum(ends) - sum(begins) == len(work):  # a token each: the step that is taken most
+            offsets, positions = np.arange(len(work) + 1), starts
+            owner = offsets[:-1]
+        else:
+            counts = np.subtract(ends, begins)
+            offsets = np.concatenate(([0], np.cumsum(counts)))
+            owner = np.repeat(np.arange(len(work)), counts)
+            positions = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], counts)
         slots = table[owner, positions // size].astype(np.int64) * size + positions % size
         cos, sin = self._module.rotary_tables(max(ends))
         return CacheView(
@@ -118,8 +123,8 @@ class PagedCache:
 
     def _wave_slots(self, table: np.ndarray, begins: np.ndarray) -> tuple[Tensor, ...]:
         """For each layer (B, state length): where its past inputs lie; slot 0, which holds zeros, before a sequence's begin."""
-        made: dict[int, Tensor] = {}
-        for length in set(self._state_lengths):
+        made = {0: self._no_slots[: len(begins)]}
+        for length in set(self._state_lengths) - {0}:
             positions = begins[:, None] + np.arange(-length, 0)
             blocks = np.take_along_axis(table, np.maximum(positions, 0) // self.block_size, 1).astype(np.int64)
             slots = np.where(positions >= 0, blocks * self.block_size + positions % self.block_size, 0)
@@ -127,4 +132,5 @@ class PagedCache:
         return tuple(made[length] for length in self._state_lengths)
 
     def _tensor(self, values: np.ndarray | list[int], dtype: type) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=dtype)).to(self.device)
+        made = torch.from_numpy(np.ascontiguousarray(values, dtype=dtype))
+        return made if self.device.type == "cpu" else made.to(self.device)

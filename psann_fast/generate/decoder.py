@@ -37,7 +37,7 @@ def decoder_for(module: torch.nn.Module, weights: str) -> Decoder:
     """
     reason = native_decoder.refuses(module)
     if reason is None:
-        return native_decoder.prepared(module, weights)
+        return native_decoder.NativeDecoder(native_decoder.prepared(module, weights))
     if weights != "model":
         raise ValueError(f"weights is {weights!r}, which only the native decoder on a CPU has: {reason}; leave weights out")
     return ModuleDecoder(module)

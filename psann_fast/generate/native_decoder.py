@@ -164,20 +164,36 @@ class Layer:
         return [self.q, self.k, self.v, self.o, self.fc1, self.fc2] + ([] if self.wave is None else [self.wave.out])
 
 
+class Weights:
+    """A model's weights as they are now, in the form that this decoder reads; several engines may share them."""
+
+    def __init__(self, module: LanguageModel, weights: str) -> None:
+        # Not the module itself: _PREPARED would then keep it alive.
+        self.config, self.embedding = module.config, module.embed.weight.detach()
+        self.layers = [Layer(block, weights) for block in module.blocks]
+        self.last, self.head = Norm(module.ln_f), Matrix(module.lm_head, weights)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights that a step of one token reads."""
+        matrices = [m for layer in self.layers for m in layer.matrices] + [self.head]
+        return sum(m.weight.numel() * m.weight.element_size() for m in matrices)
+
+
 class Program:
     """The calls of a step of `rows` tokens, in order, with the buffers that they work on; what depends on the step comes at run."""
 
-    def __init__(self, decoder: NativeDecoder, rows: int) -> None:
-        config, dtype = decoder.config, decoder.embedding.dtype
+    def __init__(self, weights: Weights, rows: int) -> None:
+        config, dtype = weights.config, weights.embedding.dtype
         kv_width = config.n_kv_heads * config.head_dim
         buffer = lambda width: torch.empty(rows, width, dtype=dtype)  # noqa: E731 (eight uses on the next lines)
         self.x, self.n, self._added, self._q, self._o = (buffer(config.d_model) for _ in range(5))
         self._k, self._v, self._z = buffer(kv_width), buffer(kv_width), buffer(config.d_mlp)  # calls hold addresses, not tensors
-        self._num_heads, self._layers = config.n_heads, decoder.layers
+        self._num_heads, self._layers = config.n_heads, weights.layers
         # For each layer: calls up to its convolution, if it has one, those up to attention, and those after it.
         self._parts: list[tuple[list[Call], list[Call], list[Call]]] = []
         added = None  # what is to be added to x, and rides on the next norm
-        for layer in decoder.layers:
+        for layer in weights.layers:
             before: list[Call] = []
             if layer.wave is not None:
                 before = [layer.wave.norm.call(self.x, added, self.n)]
@@ -191,7 +207,7 @@ class Program:
             if layer.alpha != 1.0:
                 after.append((added.mul_, (layer.alpha,)))
             self._parts.append((before, middle, after))
-        self._parts.append(([decoder.last.call(self.x, added, self.n)], [], []))
+        self._parts.append(([weights.last.call(self.x, added, self.n)], [], []))
 
     def run(self, view: CacheView) -> Tensor:
         """What the output projection takes, of the embeddings in x."""
@@ -239,32 +255,24 @@ class Program:
 
 
 class NativeDecoder:
-    """See Decoder. Holds the model's weights as they are now; decoder_for makes a new one when they have changed."""
+    """See Decoder. Its buffers serve one engine."""
 
-    def __init__(self, module: LanguageModel, weights: str) -> None:
-        # Not the module itself: _PREPARED would then keep it alive.
-        self.config, self.embedding = module.config, module.embed.weight.detach()
-        self.layers = [Layer(block, weights) for block in module.blocks]
-        self.last = Norm(module.ln_f)
-        self._head = Matrix(module.lm_head, weights)
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
         self._programs: dict[tuple[int, int], Program] = {}
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of weights that a step of one token reads."""
-        matrices = [m for layer in self.layers for m in layer.matrices] + [self._head]
-        return sum(m.weight.numel() * m.weight.element_size() for m in matrices)
 
     def hidden(self, ids: list[int], view: CacheView) -> Tensor:
         program = self._program(len(ids))
-        torch.index_select(self.embedding, 0, torch.tensor(ids), out=program.x)
-        if self.config.positional_encoding == "sinusoidal":
-            program.x.add_(sinusoidal(view.positions, self.config.d_model).to(program.x.dtype))
+        torch.index_select(self.weights.embedding, 0, torch.tensor(ids), out=program.x)
+        config = self.weights.config
+        if config.positional_encoding == "sinusoidal":
+            program.x.add_(sinusoidal(view.positions, config.d_model).to(program.x.dtype))
         return program.run(view)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        y = hidden.new_empty(len(hidden), self._head.outputs)
-        function, arguments = self._head.call(hidden.contiguous(), y)
+        hidden = hidden.contiguous()  # held, since the call knows only its address
+        y = hidden.new_empty(len(hidden), self.weights.head.outputs)
+        function, arguments = self.weights.head.call(hidden, y)
         function(*arguments)
         return y
 
@@ -272,21 +280,21 @@ class NativeDecoder:
         key = rows, torch.get_num_threads()
         held = self._programs.get(key)
         if held is None:
-            held = Program(self, rows)
+            held = Program(self.weights, rows)
             if rows <= KEPT_ROWS:
                 self._programs[key] = held
         return held
 
 
-_PREPARED: WeakKeyDictionary[nn.Module, dict[str, tuple[tuple[tuple[int, int], ...], NativeDecoder]]] = WeakKeyDictionary()
+_PREPARED: WeakKeyDictionary[nn.Module, dict[str, tuple[tuple[tuple[int, int], ...], Weights]]] = WeakKeyDictionary()
 
 
-def prepared(module: LanguageModel, weights: str) -> NativeDecoder:
-    """The decoder of a model that `refuses` has nothing against; kept until a weight changes."""
+def prepared(module: LanguageModel, weights: str) -> Weights:
+    """The weights of a model that `refuses` has nothing against; kept until one of them changes."""
     state = tuple(_versions(module))
     held = _PREPARED.setdefault(module, {})
     if weights not in held or held[weights][0] != state:
-        held[weights] = state, NativeDecoder(module, weights)
+        held[weights] = state, Weights(module, weights)
     return held[weights][1]
 
 

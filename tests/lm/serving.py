@@ -34,7 +34,8 @@ def small_server(cache_tokens: int = 2048, max_rows: int = 8, **options: Any) ->
 @contextlib.contextmanager
 def running(server: Server) -> Iterator[str]:
     """The address of the server while it runs."""
-    with socket.socket() as listener:
+    # asyncio turns Nagle's delay off only where the socket names its protocol.
+    with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(512)
         config = uvicorn.Config(server.app, log_level="critical", access_log=False, timeout_graceful_shutdown=5)

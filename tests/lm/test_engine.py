@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
+import threading
 import weakref
 from collections import Counter
 
@@ -257,7 +258,7 @@ def test_the_native_decoder_computes_what_the_modules_compute(base, positions, d
     module = tiny(base=base, positional_encoding=positions, n_kv_heads=1, wave_dilations=(1, 3), wave_kernel=3).to(dtype)
     assert native_decoder.refuses(module) is None
     rows, cuts = tokens(2, 14).tolist(), [(0, 7), (7, 8), (8, 9), (9, 14)]
-    ours = step_logits(native_decoder.prepared(module, "model"), module, rows, cuts)
+    ours = step_logits(decoder_for(module, "model"), module, rows, cuts)
     modules = step_logits(ModuleDecoder(module), module, rows, cuts)
     truth = step_logits(ModuleDecoder(module.double()), module, rows, cuts)
     assert (ours.double() - truth).norm() <= 2 * (modules.double() - truth).norm() + 1e-6
@@ -276,7 +277,7 @@ def test_rounded_weights_are_the_same_for_few_rows_and_many(weights):
                 narrow = whole.float() * scale[:, None]
             layer.weight.data = narrow
     rows, cuts = tokens(2, 14).tolist(), [(0, 7), (7, 8), (8, 14)]  # 14, 2 and 12 rows: MAX_ROWS lies between
-    ours = step_logits(native_decoder.prepared(module, weights), module, rows, cuts)
+    ours = step_logits(decoder_for(module, weights), module, rows, cuts)
     expected = step_logits(ModuleDecoder(rounded), rounded, rows, cuts)
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
     assert (ours - step_logits(ModuleDecoder(module), module, rows, cuts)).abs().max() > 1e-4, "the weights were not rounded"
@@ -295,6 +296,22 @@ def test_the_native_decoder_follows_the_weights_and_lets_the_model_go():
     del module
     gc.collect()
     assert gone() is None
+
+
+@NATIVE
+def test_two_engines_on_one_model_do_not_meet():
+    module = tiny(vocab_size=TOKENIZER.vocab_size)
+    engines = [engine_for(module) for _ in range(2)]
+    requests = [request_of([i + 2] * 9, SamplingParams(max_new_tokens=12, seed=i)) for i in range(2)]
+    for engine, request in zip(engines, requests):
+        engine.add(request)
+    threads = [threading.Thread(target=finish, args=(engine,)) for engine in engines]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [r.tokens for r in requests] == [alone(module, [i + 2] * 9, r.params).tokens for i, r in enumerate(requests)]
+    assert engines[0].decoder.weights is engines[1].decoder.weights
 
 
 @pytest.mark.parametrize("change, reason", [
