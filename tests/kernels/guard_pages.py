@@ -1,6 +1,7 @@
 """Runs kernels on tensors that end where readable memory ends: an access past them is a SIGSEGV instead of a number.
 
-    python tests/kernels/guard_pages.py triton     reads lines "OP SEED near|far", answers "done ..." after each
+    python tests/kernels/guard_pages.py triton     reads lines "OP SEED near|far", answers "done ..." after each; to "kernels"
+                                                   it answers the names of the Triton kernels launched so far, with their modules
 
 In "far" cases the last entry along a tensor's first axis starts past element 2^31, in memory that is mapped and hardly ever
 touched: an offset that overflows 32 bits points outside.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import math
 import mmap
 import os
@@ -112,6 +114,13 @@ def differentiate(random: Random, guard: Guard, function: Callable[..., Tensor |
         torch.autograd.grad(outputs, leaves, [tensor(random, guard, *y.shape, dtype=y.dtype) for y in outputs])
 
 
+def constants(random: Random, backend: str, module: str, **values: int) -> contextlib.AbstractContextManager[object]:
+    """In most cases, constants of psann_kernels' Triton `module` made small, so that small shapes take the paths of large ones."""
+    if backend != "triton" or random.random() < 0.25:
+        return contextlib.nullcontext()
+    return mock.patch.multiple(importlib.import_module(f"psann_kernels.{module}"), **values)
+
+
 def damped_sine(random: Random, guard: Guard, backend: str) -> None:
     features = random.choice(SIZES)
     z = tensor(random, guard, *random.choices(SIZES, k=random.randint(0, 1)), features, dtype=random.choice(DTYPES))
@@ -128,13 +137,9 @@ def rms_norm(random: Random, guard: Guard, backend: str) -> None:
     features, rows = random.choice((*SIZES, 1025)), random.choice(SIZES)
     dtype = random.choice(DTYPES)
     x, weight = tensor(random, guard, rows, features, dtype=dtype), tensor(random, guard, features)
-    if random.random() < 0.5:
-        residual = tensor(random, guard, rows, features, dtype=dtype)
-        differentiate(
-            random, guard, lambda x, weight, residual: psann_kernels.rms_norm(x, weight, residual=residual, backend=backend), x, weight, residual
-        )
-    else:
-        differentiate(random, guard, lambda x, weight: psann_kernels.rms_norm(x, weight, backend=backend), x, weight)
+    leaves = (x, weight, tensor(random, guard, rows, features, dtype=dtype)) if random.random() < 0.5 else (x, weight)
+    with constants(random, backend, "rms_norm_triton", MAX_TILE=2, WIDE_TILE=128, MAX_ROW_PROGRAMS=2):
+        differentiate(random, guard, lambda x, w, r=None: psann_kernels.rms_norm(x, w, residual=r, backend=backend), *leaves)
 
 
 def documents(random: Random, guard: Guard, total: int) -> Tensor:
@@ -220,7 +225,7 @@ def paged_attention(random: Random, guard: Guard, backend: str) -> None:
     options = attention_options(random, guard, num_heads) | {"backend": backend}
     k, v = (tensor(random, guard, sum(new), kv, head_dim, dtype=dtype) for _ in range(2))
     ends = torch.tensor([0, *new]).cumsum(0).int()
-    with guard.allocations():
+    with guard.allocations(), constants(random, backend, "paged_attention_triton", MIN_SPLIT=16, MAX_SPLITS=4):
         psann_kernels.paged_append(
             k, v, k_cache, v_cache, guard.place(torch.tensor(slots, dtype=torch.int64)), interleaved=options["interleaved"],
             positions=guard.place(torch.tensor(positions, dtype=torch.int64)) if rotary else None, **rotary, backend=backend,
@@ -266,10 +271,29 @@ CASES: dict[str, Case] = {
 FAULTS: dict[str, Case] = {case.__name__: case for case in (reads_too_far, multiplies_in_32_bits)}
 
 
+def record_launches() -> set[str]:
+    """A set that grows by "module.kernel" whenever Triton's interpreter runs a kernel."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launched: set[str] = set()
+    run = InterpretedFunction.run
+
+    def recorded(self: InterpretedFunction, *args: object, **options: object) -> object:
+        launched.add(f"{self.fn.__module__.removeprefix('psann_kernels.')}.{self.fn.__name__}")
+        return run(self, *args, **options)
+
+    InterpretedFunction.run = recorded
+    return launched
+
+
 def main() -> None:
     torch.set_num_threads(1)
     backend = sys.argv[1]
+    launched = record_launches() if backend == "triton" else set()
     for line in sys.stdin:
+        if line == "kernels\n":
+            print(*sorted(launched), flush=True)
+            continue
         name, seed, distance = line.split()
         random = Random(int(seed))
         with Guard(random, distance == "far") as guard:

@@ -10,6 +10,7 @@ from pathlib import Path
 import psann_kernels
 import pytest
 from guard_pages import CASES
+from kernel_list import kernels, operation
 
 SECONDS_PER_CASE = 600  # a guard against hanging, generous because machines are shared
 
@@ -41,6 +42,12 @@ class Guarded:
             assert status != -signal.SIGSEGV, f"{op} on {self.backend}, seed {seed} {distance}: touched memory past its tensors (SIGSEGV)"
             raise AssertionError(f"{op} on {self.backend}, seed {seed} {distance}: status {status}: {self.errors.read()[-3000:]}")
 
+    def launched(self):
+        """Triton kernels, by module and name, that the process has run without a fault."""
+        self.process.stdin.write("kernels\n")
+        self.process.stdin.flush()
+        return set(self.process.stdout.readline().split())
+
     def close(self):
         if self.process is not None:
             self.process.communicate()
@@ -64,6 +71,9 @@ def test_nothing_is_touched_past_the_end(op, guarded):
     require(op, guarded.backend)
     for seed in range(6 if guarded.backend == "triton" else 40):
         guarded.run(op, seed)
+    if guarded.backend == "triton":
+        missing = {kernel for kernel in kernels() if operation(kernel) == op} - guarded.launched()
+        assert not missing, f"no case of guard_pages.py reaches {sorted(missing)}"
 
 
 @pytest.mark.parametrize("op", CASES)
