@@ -41,5 +41,5 @@ def test_every_kernel_is_in_the_table():
 def test_every_kernel_has_guard_pages_and_a_campaign(kernel):
     # test_guard_pages.py sees to it that the operation's cases launch the kernel.
     assert operation(kernel) in CASES, f"guard_pages.py has no case for {operation(kernel)}"
-    tests = Path(__file__).parent.glob(f"test_{operation(kernel)}*.py")
-    assert any(re.search(r"^@pytest\.mark\.campaign", path.read_text(), re.MULTILINE) for path in tests), f"no campaign for {operation(kernel)}"
+    tests = [path.read_text() for path in Path(__file__).parent.glob(f"test_{operation(kernel)}*.py")]
+    assert any(re.search(r"^@pytest\.mark\.campaign", text, re.MULTILINE) for text in tests), f"no campaign for {operation(kernel)}"
