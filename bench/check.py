@@ -68,11 +68,14 @@ def _pool(budgets: list[Any], fast: Sequence[Tensor], plain: Sequence[Tensor], t
 
 
 def _judged(budgets: list[Any]) -> tuple[str | None, float]:
+    def share(budget: Any) -> float:
+        return budget.fast_error / budget.allowed() if budget.allowed() > 0 else 0.0 if budget.fast_error == 0 else float("inf")
+
+    worst = max(budgets, key=share)
     if all(budget.holds() for budget in budgets):
-        return None, max(budget.fast_error / budget.allowed() if budget.allowed() > 0 else 0.0 for budget in budgets)
-    worst = max(budgets, key=lambda budget: budget.fast_error - budget.allowed())
+        return None, share(worst)
     told = f"error {worst.fast_error:.3e}, allowed {worst.allowed():.3e} (plain torch {worst.torch_error:.3e})"
-    return f"{worst.what}: {told}", float("inf")
+    return f"{worst.what}: {told}", share(worst)
 
 
 class Judge:

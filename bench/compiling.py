@@ -51,7 +51,7 @@ def op_rows(bench: Bench, case: Case) -> list[suite.Row]:
         except BackendError as error:
             rows.append({**head, "backend": backend, "refused": str(error)})
             continue
-        except (torch._dynamo.exc.TorchDynamoException, *suite.FAILURES) as error:
+        except (torch._dynamo.exc.TorchDynamoException, *suite.VARIANT_FAILURES) as error:
             suite.raise_if_lost(error)
             rows.append({**head, "backend": backend, "failed": suite.describe(error)})
             continue
@@ -93,7 +93,7 @@ def model_rows(bench: Bench, base: str) -> list[suite.Row]:
         except BackendError as error:
             rows.append({**head, "refused": str(error)})
             continue
-        except (torch._dynamo.exc.TorchDynamoException, *suite.FAILURES) as error:
+        except (torch._dynamo.exc.TorchDynamoException, *suite.VARIANT_FAILURES) as error:
             suite.raise_if_lost(error)
             rows.append({**head, "failed": suite.describe(error)})
             continue

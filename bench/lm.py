@@ -102,7 +102,7 @@ def right_models(bench: Bench, base: str, size: Size, head: suite.Row) -> tuple[
             wrong, _ = check.compare([logits(model, amp_of(device))], [plain], [truth])
         except BackendError as error:
             rows.append({**head, "backend": backend, "refused": str(error)})
-        except suite.FAILURES as error:
+        except suite.VARIANT_FAILURES as error:
             suite.raise_if_lost(error)
             rows.append({**head, "backend": backend, "failed": suite.describe(error)})
         else:
@@ -178,7 +178,7 @@ def raced(bench: Bench, head: suite.Row, models: dict[str, nn.Module], runs: dic
     for backend, call in runs.items():
         try:
             waited(call)()
-        except suite.FAILURES as error:
+        except suite.VARIANT_FAILURES as error:
             suite.raise_if_lost(error)
             failed.append({**head, "backend": backend, "failed": suite.describe(error)})
         else:

@@ -38,7 +38,7 @@ def rows(case: Case) -> list[suite.Row]:
             wrong, share = judge.verdict(case.call(backend))
         except BackendError as error:
             row["refused"] = str(error)
-        except suite.FAILURES as error:
+        except suite.VARIANT_FAILURES as error:
             suite.raise_if_lost(error)
             row["failed"] = suite.describe(error)
         else:

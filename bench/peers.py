@@ -55,7 +55,7 @@ def variants(bench: Bench, case: Case) -> dict[str, Variant]:
             continue
         try:
             found[name] = build(bench, case)
-        except suite.FAILURES as error:
+        except suite.VARIANT_FAILURES as error:
             found[name] = f"cannot be set up: {suite.describe(error)}"
     return found
 

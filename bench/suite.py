@@ -8,6 +8,8 @@ whose conditions differ in anything but the date (commit, sources, device, versi
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.util
 import json
 import time
 from dataclasses import dataclass, field
@@ -22,8 +24,12 @@ Row = dict[str, Any]
 Case = tuple[str, Callable[[], list[Row]]]
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("bench", "kernels", "psann_fast", "csrc")
-# What a peer, a compiler or a device throws because of one case. Anything else is a mistake of ours and ends the run.
-FAILURES: tuple[type[BaseException], ...] = (RuntimeError, ValueError, TypeError, ImportError, AttributeError, OSError, AssertionError)
+# What a device throws because of one case; anything else is a mistake of ours and ends the run.
+FAILURES: tuple[type[BaseException], ...] = (RuntimeError, OSError)
+# What other people's code throws where it cannot serve a call, or is another version than the one that we know.
+VARIANT_FAILURES = (*FAILURES, ValueError, TypeError, AttributeError, ImportError, AssertionError)
+if importlib.util.find_spec("triton") is not None:
+    VARIANT_FAILURES += (importlib.import_module("triton.errors").TritonError,)
 
 
 @dataclass
@@ -59,11 +65,15 @@ def open_report(folder: Path, section: str, current: Row, again: bool) -> Report
     """The section's file as an earlier run under the same conditions left it, or a new one."""
     path = folder / f"{section}.jsonl"
     report = Report(path, current)
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")] if path.exists() else []
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]  # a process that was ended may leave half a line
+    lines = [json.loads(line) for line in whole.splitlines()]
     if again or not lines or _lasting(lines[0].get("conditions", {})) != _lasting(current):
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"conditions": current}) + "\n", encoding="utf-8")
         return report
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
     begun: dict[str, bool] = {}
     for line in lines[1:]:
         if "begins" in line:
