@@ -59,7 +59,9 @@ def others() -> str:
     lines = ["Programs of their own (--help tells more):"]
     for path in sorted(Path(__file__).parent.glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        is_program = path.stem != "__main__" and any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body)
+        is_program = path.stem != "__main__" and any(
+            isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body
+        )
         if is_program:
             lines.append(f"  python -m bench.{path.stem:<11} {(ast.get_docstring(tree) or '').splitlines()[0]}")
     return "\n".join(lines)

@@ -16,6 +16,7 @@ import psann_kernels
 import torch
 from psann_kernels import OPS
 from psann_kernels.linear import quantize
+from psann_kernels.linear import reference as linear_reference
 from torch import Tensor
 
 Function = Callable[..., Any]
@@ -37,6 +38,7 @@ class Case:
     crop_results   the same part of its results
     compiles  whether torch.compile gets the specification: those of the paged ops wait for values on the host
     facts     what peers need to know: window, new tokens, ...
+    truth     the specification itself, where the public function does not take every argument in float64; None: call("torch")
     """
 
     op: str
@@ -52,6 +54,7 @@ class Case:
     crop_results: Callable[[list[Tensor]], list[Tensor]] | None = None
     compiles: bool = True
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    truth: Function | None = None
 
     @property
     def name(self) -> str:
@@ -98,21 +101,33 @@ def plain_sine(z: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor)
 
 def damped_sine_cases(size: str, device: torch.device) -> Iterator[Case]:
     shapes = {
-        "gpu": [(16384, 4096), (32768, 1024)], "cpu": [(2048, 2048)], "tiny": [(32, 48)],
+        "gpu": [(16384, 4096), (32768, 1024)],
+        "cpu": [(2048, 2048)],
+        "tiny": [(32, 48)],
         "parity": [(1, 130), (33, 33), (257, 1025), (4096, 64)],
-    }  # fmt: skip
+    }
     for rows, features in shapes[size]:
         for dtype in (FP32, BF16):
 
-            def make(seed: int, rows: int = rows, features: int = features, dtype: torch.dtype = dtype) -> tuple[list[Any], list[Tensor]]:
+            def make(
+                seed: int, rows: int = rows, features: int = features, dtype: torch.dtype = dtype
+            ) -> tuple[list[Any], list[Tensor]]:
                 draw = Draw(device, seed)
-                return [draw.normal(rows, features, dtype=dtype, scale=2.0), *draw.sine(features)], [draw.normal(rows, features, dtype=dtype)]
+                return [draw.normal(rows, features, dtype=dtype, scale=2.0), *draw.sine(features)], [
+                    draw.normal(rows, features, dtype=dtype)
+                ]
 
             size_bytes = rows * features * dtype.itemsize
             yield Case(
-                "damped_sine", f"{rows}x{features}", dtype, make, lambda b: lambda *a: psann_kernels.damped_sine(*a, backend=b),
-                plain_sine, 4, {FORWARD: 2 * size_bytes, BACKWARD: 3 * size_bytes},
-            )  # fmt: skip
+                "damped_sine",
+                f"{rows}x{features}",
+                dtype,
+                make,
+                lambda b: lambda *a: psann_kernels.damped_sine(*a, backend=b),
+                plain_sine,
+                4,
+                {FORWARD: 2 * size_bytes, BACKWARD: 3 * size_bytes},
+            )
 
 
 def rms_norm_cases(size: str, device: torch.device) -> Iterator[Case]:
@@ -122,7 +137,11 @@ def rms_norm_cases(size: str, device: torch.device) -> Iterator[Case]:
             for has_residual in (False, True):
 
                 def make(
-                    seed: int, rows: int = rows, features: int = features, dtype: torch.dtype = dtype, has_residual: bool = has_residual
+                    seed: int,
+                    rows: int = rows,
+                    features: int = features,
+                    dtype: torch.dtype = dtype,
+                    has_residual: bool = has_residual,
                 ) -> tuple[list[Any], list[Tensor]]:
                     draw = Draw(device, seed)
                     tensors = [draw.normal(rows, features, dtype=dtype) for _ in range(2 + 2 * has_residual)]
@@ -137,9 +156,16 @@ def rms_norm_cases(size: str, device: torch.device) -> Iterator[Case]:
                 n = rows * features * dtype.itemsize
                 moved = {FORWARD: 4 * n, BACKWARD: 4 * n} if has_residual else {FORWARD: 2 * n, BACKWARD: 3 * n}
                 yield Case(
-                    "rms_norm", f"{rows}x{features}{' + residual' if has_residual else ''}", dtype, make, call, plain_rms_norm,
-                    2 + has_residual, moved, facts={"residual": has_residual},
-                )  # fmt: skip
+                    "rms_norm",
+                    f"{rows}x{features}{' + residual' if has_residual else ''}",
+                    dtype,
+                    make,
+                    call,
+                    plain_rms_norm,
+                    2 + has_residual,
+                    moved,
+                    facts={"residual": has_residual},
+                )
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Any:
@@ -151,9 +177,11 @@ def plain_rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None) ->
 def wave_conv_cases(size: str, device: torch.device) -> Iterator[Case]:
     # (rows, tokens, features, taps, dilation)
     shapes = {
-        "gpu": [(8, 4096, 2048, 4, 4)], "cpu": [(4, 512, 512, 4, 4)], "tiny": [(2, 16, 24, 3, 2)],
+        "gpu": [(8, 4096, 2048, 4, 4)],
+        "cpu": [(4, 512, 512, 4, 4)],
+        "tiny": [(2, 16, 24, 3, 2)],
         "parity": [(2, 130, 33, 4, 3), (1, 1000, 65, 2, 1), (3, 7, 130, 3, 9)],
-    }  # fmt: skip
+    }
     for rows, tokens, features, taps, dilation in shapes[size]:
         for dtype in (FP32, BF16):
 
@@ -168,7 +196,13 @@ def wave_conv_cases(size: str, device: torch.device) -> Iterator[Case]:
                 return lambda *a: psann_kernels.wave_conv(*a[:5], bias=a[5], dilation=dilation, backend=backend)
 
             def plain(
-                x: Tensor, weight: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, bias: Tensor, dilation: int = dilation
+                x: Tensor,
+                weight: Tensor,
+                amplitude: Tensor,
+                frequency: Tensor,
+                damping: Tensor,
+                bias: Tensor,
+                dilation: int = dilation,
             ) -> Tensor:
                 weight, bias = weight.to(x.dtype), bias.to(x.dtype)
                 taps, tokens = weight.shape[1], x.shape[1]
@@ -178,7 +212,9 @@ def wave_conv_cases(size: str, device: torch.device) -> Iterator[Case]:
 
             n = rows * tokens * features * dtype.itemsize
             shape = f"{rows}x{tokens}x{features} K{taps} dilation {dilation}"
-            yield Case("wave_conv", shape, dtype, make, call, plain, 6, {FORWARD: 2 * n, BACKWARD: 3 * n}, facts={"dilation": dilation})
+            yield Case(
+                "wave_conv", shape, dtype, make, call, plain, 6, {FORWARD: 2 * n, BACKWARD: 3 * n}, facts={"dilation": dilation}
+            )
 
 
 # -- attention ----------------------------------------------------------------------------------------------------------------
@@ -194,27 +230,41 @@ def rope_attention_cases(size: str, device: torch.device) -> Iterator[Case]:
     # (rows, tokens, heads, kv heads, head_dim, window, rotates, dtypes)
     shapes = {
         "gpu": [
-            (2, 8192, 64, 8, 128, None, True, (BF16,)), (2, 8192, 64, 8, 128, None, False, (BF16,)), (2, 8192, 64, 8, 64, None, True, (BF16,)),
-            (2, 8192, 64, 8, 64, 128, True, (BF16,)), (2, 2048, 16, 16, 128, None, True, (BF16, FP32)),
+            (2, 8192, 64, 8, 128, None, True, (BF16,)),
+            (2, 8192, 64, 8, 128, None, False, (BF16,)),
+            (2, 8192, 64, 8, 64, None, True, (BF16,)),
+            (2, 8192, 64, 8, 64, 128, True, (BF16,)),
+            (2, 2048, 16, 16, 128, None, True, (BF16, FP32)),
         ],
         "cpu": [
-            (1, 1024, 8, 2, 64, None, True, (FP32, BF16)), (1, 512, 8, 2, 128, None, True, (FP32,)), (1, 1024, 8, 2, 64, 128, True, (FP32,)),
+            (1, 1024, 8, 2, 64, None, True, (FP32, BF16)),
+            (1, 512, 8, 2, 128, None, True, (FP32,)),
+            (1, 1024, 8, 2, 64, 128, True, (FP32,)),
         ],
         "tiny": [(1, 40, 2, 1, 16, None, True, (FP32,))],
         "parity": [
-            (2, 130, 6, 2, 64, None, True, (FP32, BF16)), (1, 257, 4, 1, 128, 100, True, (FP32, BF16)), (1, 33, 3, 3, 40, None, False, (FP32, BF16)),
+            (2, 130, 6, 2, 64, None, True, (FP32, BF16)),
+            (1, 257, 4, 1, 128, 100, True, (FP32, BF16)),
+            (1, 33, 3, 3, 40, None, False, (FP32, BF16)),
             (1, 300, 2, 1, 256, None, True, (BF16,)),
         ],
-    }  # fmt: skip
+    }
     for rows, tokens, heads, kv_heads, head_dim, window, rotates, dtypes in shapes[size]:
         for dtype in dtypes:
             yield _attention_case(device, rows, tokens, heads, kv_heads, head_dim, window, rotates, dtype)
 
 
 def _attention_case(
-    device: torch.device, rows: int, tokens: int, heads: int, kv_heads: int, head_dim: int, window: int | None, rotates: bool,
+    device: torch.device,
+    rows: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int | None,
+    rotates: bool,
     dtype: torch.dtype,
-) -> Case:  # fmt: skip
+) -> Case:
     tables = list(psann_kernels.rotary_tables(tokens, head_dim, device=device)) if rotates else [None, None]
 
     def make(seed: int) -> tuple[list[Any], list[Tensor]]:
@@ -250,10 +300,19 @@ def _attention_case(
     products = 4 * rows * heads * head_dim * seen_pairs(tokens, window)
     notes = ("" if window is None else f" window {window}") + ("" if rotates else " no rotation")
     return Case(
-        "rope_attention", f"B{rows} T{tokens} H{heads}/{kv_heads} D{head_dim} causal{notes}", dtype, make, call, plain, 3,
-        {FORWARD: 2 * q_bytes + 2 * k_bytes, BACKWARD: 4 * q_bytes + 4 * k_bytes}, {FORWARD: products, BACKWARD: products * 5 // 2},
-        crop if is_large else None, crop_results if is_large else None, facts={"window": window, "rotates": rotates},
-    )  # fmt: skip
+        "rope_attention",
+        f"B{rows} T{tokens} H{heads}/{kv_heads} D{head_dim} causal{notes}",
+        dtype,
+        make,
+        call,
+        plain,
+        3,
+        {FORWARD: 2 * q_bytes + 2 * k_bytes, BACKWARD: 4 * q_bytes + 4 * k_bytes},
+        {FORWARD: products, BACKWARD: products * 5 // 2},
+        crop if is_large else None,
+        crop_results if is_large else None,
+        facts={"window": window, "rotates": rotates},
+    )
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -265,36 +324,75 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def paged_append_cases(size: str, device: torch.device) -> Iterator[Case]:
     # (new tokens, kv heads, head_dim)
-    shapes = {"gpu": [(128, 8, 128), (8192, 8, 128)], "cpu": [(8, 2, 64), (1024, 2, 64)], "tiny": [(5, 1, 16)], "parity": [(1, 3, 64), (77, 2, 128), (300, 1, 40)]}
+    shapes = {
+        "gpu": [(128, 8, 128), (8192, 8, 128)],
+        "cpu": [(8, 2, 64), (1024, 2, 64)],
+        "tiny": [(5, 1, 16)],
+        "parity": [(1, 3, 64), (77, 2, 128), (300, 1, 40)],
+    }
     for tokens, kv_heads, head_dim in shapes[size]:
         for dtype in (FP32, BF16) if size == "parity" else (BF16 if size == "gpu" else FP32,):
             num_blocks = -(-2 * tokens // 16)
 
             def make(
-                seed: int, tokens: int = tokens, kv_heads: int = kv_heads, head_dim: int = head_dim, dtype: torch.dtype = dtype,
+                seed: int,
+                tokens: int = tokens,
+                kv_heads: int = kv_heads,
+                head_dim: int = head_dim,
+                dtype: torch.dtype = dtype,
                 num_blocks: int = num_blocks,
-            ) -> tuple[list[Any], list[Tensor]]:  # fmt: skip
+            ) -> tuple[list[Any], list[Tensor]]:
                 draw = Draw(device, seed)
                 k, v = (draw.normal(tokens, kv_heads, head_dim, dtype=dtype) for _ in range(2))
                 caches = [torch.zeros(num_blocks, 16, kv_heads, head_dim, dtype=dtype, device=device) for _ in range(2)]
                 slots = torch.randperm(num_blocks * 16, generator=draw.generator, device=device)[:tokens]
-                return [k, v, *caches, slots, torch.arange(tokens, device=device), *psann_kernels.rotary_tables(tokens, head_dim, device=device)], []
+                return [
+                    k,
+                    v,
+                    *caches,
+                    slots,
+                    torch.arange(tokens, device=device),
+                    *psann_kernels.rotary_tables(tokens, head_dim, device=device),
+                ], []
 
             def call(backend: str) -> Function:
-                def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Any:
-                    psann_kernels.paged_append(k, v, k_cache, v_cache, slots, positions=positions, cos=cos, sin=sin, backend=backend)
+                def append(
+                    k: Tensor,
+                    v: Tensor,
+                    k_cache: Tensor,
+                    v_cache: Tensor,
+                    slots: Tensor,
+                    positions: Tensor,
+                    cos: Tensor,
+                    sin: Tensor,
+                ) -> Any:
+                    psann_kernels.paged_append(
+                        k, v, k_cache, v_cache, slots, positions=positions, cos=cos, sin=sin, backend=backend
+                    )
                     return k_cache, v_cache
 
                 return append
 
-            def plain(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Any:
+            def plain(
+                k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, cos: Tensor, sin: Tensor
+            ) -> Any:
                 caches = []
                 for cache, x in ((k_cache, turn(k.unsqueeze(0), cos[positions], sin[positions])[0]), (v_cache, v)):
                     caches.append(cache.flatten(0, 1).index_copy(0, slots, x).view(cache.shape))
                 return caches
 
             moved = 4 * tokens * kv_heads * head_dim * dtype.itemsize
-            yield Case("paged_append", f"{tokens} tokens Hkv{kv_heads} D{head_dim}", dtype, make, call, plain, 0, {FORWARD: moved}, compiles=False)
+            yield Case(
+                "paged_append",
+                f"{tokens} tokens Hkv{kv_heads} D{head_dim}",
+                dtype,
+                make,
+                call,
+                plain,
+                0,
+                {FORWARD: moved},
+                compiles=False,
+            )
 
 
 def paged_attention_cases(size: str, device: torch.device) -> Iterator[Case]:
@@ -304,13 +402,15 @@ def paged_attention_cases(size: str, device: torch.device) -> Iterator[Case]:
         "cpu": [(b, length, new, 8, 2, 64) for new in (1, 8) for b in (1, 8) for length in (512, 2048)],
         "tiny": [(2, 40, 1, 2, 1, 16)],
         "parity": [(3, 77, 1, 6, 2, 64), (2, 300, 8, 8, 1, 128), (1, 1000, 17, 2, 2, 40), (4, 64, 64, 4, 2, 64)],
-    }  # fmt: skip
+    }
     for batch, length, new, heads, kv_heads, head_dim in grids[size]:
         for dtype in (FP32, BF16) if size == "parity" else (BF16 if size == "gpu" else FP32,):
             yield _paged_case(device, batch, length, new, heads, kv_heads, head_dim, dtype)
 
 
-def _paged_case(device: torch.device, batch: int, length: int, new: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Case:
+def _paged_case(
+    device: torch.device, batch: int, length: int, new: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> Case:
     """Blocks of 16 in shuffled order."""
     blocks = -(-length // 16)
     offsets = torch.arange(batch + 1, dtype=torch.int32, device=device) * new
@@ -321,14 +421,19 @@ def _paged_case(device: torch.device, batch: int, length: int, new: int, heads: 
         draw = Draw(device, seed)
         q = draw.normal(batch * new, heads, head_dim, dtype=dtype)
         # Drawn in the cache's dtype: twice 64 GB of float32 would not fit beside it.
-        caches = [torch.empty(batch * blocks, 16, kv_heads, head_dim, dtype=dtype, device=device).normal_(generator=draw.generator) for _ in range(2)]
+        caches = [
+            torch.empty(batch * blocks, 16, kv_heads, head_dim, dtype=dtype, device=device).normal_(generator=draw.generator)
+            for _ in range(2)
+        ]
         table = torch.randperm(batch * blocks, generator=draw.generator, device=device).int().view(batch, blocks)
         return [q, *caches, table, seq_lens, offsets, *tables], []
 
     def call(backend: str) -> Function:
         return lambda *a: psann_kernels.paged_attention(*a[:6], cos=a[6], sin=a[7], backend=backend)
 
-    def plain(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, seq_lens: Tensor, offsets: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def plain(
+        q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, seq_lens: Tensor, offsets: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
         outputs = []
         position = torch.arange(length - new, length, device=device)
         for b in range(len(table)):
@@ -347,10 +452,20 @@ def _paged_case(device: torch.device, batch: int, length: int, new: int, heads: 
 
     cache_bytes = 2 * batch * length * kv_heads * head_dim * dtype.itemsize
     return Case(
-        "paged_attention", f"B{batch} L{length} new {new} H{heads}/{kv_heads} D{head_dim} block 16", dtype, make, call, plain, 0,
-        {FORWARD: cache_bytes + 2 * batch * new * heads * head_dim * dtype.itemsize}, {FORWARD: 4 * batch * new * heads * head_dim * length},
-        crop, lambda results: [r[: 2 * new] for r in results], compiles=False, facts={"new": new, "length": length, "blocks": blocks},
-    )  # fmt: skip
+        "paged_attention",
+        f"B{batch} L{length} new {new} H{heads}/{kv_heads} D{head_dim} block 16",
+        dtype,
+        make,
+        call,
+        plain,
+        0,
+        {FORWARD: cache_bytes + 2 * batch * new * heads * head_dim * dtype.itemsize},
+        {FORWARD: 4 * batch * new * heads * head_dim * length},
+        crop,
+        lambda results: [r[: 2 * new] for r in results],
+        compiles=False,
+        facts={"new": new, "length": length, "blocks": blocks},
+    )
 
 
 # -- products -----------------------------------------------------------------------------------------------------------------
@@ -358,7 +473,12 @@ def _paged_case(device: torch.device, batch: int, length: int, new: int, heads: 
 
 def linear_cases(size: str, device: torch.device) -> Iterator[Case]:
     # (rows, inputs, outputs): decoding's products, where reading the weights is the time
-    shapes = {"gpu": [(1, 4096, 11008), (16, 4096, 11008)], "cpu": [(1, 512, 2048), (8, 512, 2048)], "tiny": [(2, 16, 24)], "parity": [(1, 33, 65), (9, 130, 17)]}
+    shapes = {
+        "gpu": [(1, 4096, 11008), (16, 4096, 11008)],
+        "cpu": [(1, 512, 2048), (8, 512, 2048)],
+        "tiny": [(2, 16, 24)],
+        "parity": [(1, 33, 65), (9, 130, 17)],
+    }
     for rows, inputs, outputs in shapes[size]:
         for weights in (BF16, torch.int8) if size != "tiny" else (FP32,):
 
@@ -381,12 +501,28 @@ def linear_cases(size: str, device: torch.device) -> Iterator[Case]:
 
             moved = outputs * inputs * weights.itemsize + rows * (inputs + outputs) * (2 if device.type == "cuda" else 4)
             name = str(weights).removeprefix("torch.")
-            yield Case("linear", f"{rows}x{inputs} -> {outputs} weights {name}", BF16 if device.type == "cuda" else FP32, make, call, plain, 0, {FORWARD: moved}, {FORWARD: 2 * rows * inputs * outputs})
+            yield Case(
+                "linear",
+                f"{rows}x{inputs} -> {outputs} weights {name}",
+                BF16 if device.type == "cuda" else FP32,
+                make,
+                call,
+                plain,
+                0,
+                {FORWARD: moved},
+                {FORWARD: 2 * rows * inputs * outputs},
+                truth=lambda x, weight, scale=None: linear_reference(x, weight, scale=scale),
+            )
 
 
 def linear_cross_entropy_cases(size: str, device: torch.device) -> Iterator[Case]:
     # (tokens, width, vocabulary)
-    shapes = {"gpu": [(8192, 4096, 128256), (8192, 1024, 32768)], "cpu": [(1024, 256, 8192)], "tiny": [(12, 16, 40)], "parity": [(130, 33, 1000), (7, 64, 4097)]}
+    shapes = {
+        "gpu": [(8192, 4096, 128256), (8192, 1024, 32768)],
+        "cpu": [(1024, 256, 8192)],
+        "tiny": [(12, 16, 40)],
+        "parity": [(130, 33, 1000), (7, 64, 4097)],
+    }
     for tokens, width, vocabulary in shapes[size]:
         for dtype in (FP32, BF16) if size == "parity" else (BF16 if size == "gpu" else FP32,):
 
@@ -407,14 +543,26 @@ def linear_cross_entropy_cases(size: str, device: torch.device) -> Iterator[Case
             read = (tokens + vocabulary) * width * dtype.itemsize
             products = 2 * tokens * width * vocabulary
             yield Case(
-                "linear_cross_entropy", f"{tokens}x{width} -> {vocabulary}", dtype, make, call, plain, 2, {FORWARD: read, BOTH: 2 * read},
+                "linear_cross_entropy",
+                f"{tokens}x{width} -> {vocabulary}",
+                dtype,
+                make,
+                call,
+                plain,
+                2,
+                {FORWARD: read, BOTH: 2 * read},
                 {FORWARD: products, BOTH: 3 * products},
-            )  # fmt: skip
+            )
 
 
 def damped_sine_mlp_cases(size: str, device: torch.device) -> Iterator[Case]:
     # (tokens, width, hidden)
-    shapes = {"gpu": [(8192, 1024, 4096), (8192, 2048, 8192), (8192, 4096, 16384)], "cpu": [(1024, 256, 1024)], "tiny": [(12, 16, 24)], "parity": [(130, 33, 65), (65, 128, 300)]}
+    shapes = {
+        "gpu": [(8192, 1024, 4096), (8192, 2048, 8192), (8192, 4096, 16384)],
+        "cpu": [(1024, 256, 1024)],
+        "tiny": [(12, 16, 24)],
+        "parity": [(130, 33, 65), (65, 128, 300)],
+    }
     for tokens, width, hidden in shapes[size]:
         for dtype in (FP32, BF16) if size == "parity" else (BF16 if size == "gpu" else FP32,):
 
@@ -422,22 +570,36 @@ def damped_sine_mlp_cases(size: str, device: torch.device) -> Iterator[Case]:
                 seed: int, tokens: int = tokens, width: int = width, hidden: int = hidden, dtype: torch.dtype = dtype
             ) -> tuple[list[Any], list[Tensor]]:
                 draw = Draw(device, seed)
-                w1, w2 = draw.normal(hidden, width, scale=width**-0.5, dtype=dtype), draw.normal(width, hidden, scale=hidden**-0.5, dtype=dtype)
+                w1, w2 = (
+                    draw.normal(hidden, width, scale=width**-0.5, dtype=dtype),
+                    draw.normal(width, hidden, scale=hidden**-0.5, dtype=dtype),
+                )
                 b1, b2 = draw.normal(hidden, dtype=dtype, scale=0.1), draw.normal(width, dtype=dtype, scale=0.1)
-                return [draw.normal(tokens, width, dtype=dtype), w1, b1, *draw.sine(hidden), w2, b2], [draw.normal(tokens, width, dtype=dtype)]
+                return [draw.normal(tokens, width, dtype=dtype), w1, b1, *draw.sine(hidden), w2, b2], [
+                    draw.normal(tokens, width, dtype=dtype)
+                ]
 
             def call(backend: str) -> Function:
                 return lambda *a: psann_kernels.damped_sine_mlp(*a, backend=backend)
 
-            def plain(x: Tensor, w1: Tensor, b1: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+            def plain(
+                x: Tensor, w1: Tensor, b1: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, w2: Tensor, b2: Tensor
+            ) -> Tensor:
                 return plain_sine(x @ w1.t() + b1, amplitude, frequency, damping) @ w2.t() + b2
 
             weights, ends = 2 * width * hidden * dtype.itemsize, 2 * tokens * width * dtype.itemsize
             products = 4 * tokens * width * hidden
             yield Case(
-                "damped_sine_mlp", f"{tokens}x{width} -> {hidden}", dtype, make, call, plain, 8,
-                {FORWARD: weights + ends, BOTH: 3 * (weights + ends)}, {FORWARD: products, BOTH: 3 * products},
-            )  # fmt: skip
+                "damped_sine_mlp",
+                f"{tokens}x{width} -> {hidden}",
+                dtype,
+                make,
+                call,
+                plain,
+                8,
+                {FORWARD: weights + ends, BOTH: 3 * (weights + ends)},
+                {FORWARD: products, BOTH: 3 * products},
+            )
 
 
 BUILDERS: dict[str, Callable[[str, torch.device], Iterator[Case]]] = {

@@ -116,6 +116,6 @@ class Judge:
             if case.crop is not None:
                 arguments, gradients = case.crop(arguments, gradients)
             plain = run(case.plain, arguments, case.leaves, [g.to(case.dtype) for g in gradients])
-            truth = run(case.call("torch"), widened(arguments), case.leaves, [g.double() for g in gradients])
+            truth = run(case.truth or case.call("torch"), widened(arguments), case.leaves, [g.double() for g in gradients])
             self._witnesses[draw] = (plain, truth)
         return self._witnesses[draw]

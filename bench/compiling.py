@@ -11,8 +11,9 @@ import time
 from typing import Iterator
 
 import torch
-from psann_fast.train.loss import LossModule
 from psann_kernels import BackendError
+
+from psann_fast.train.loss import LossModule
 
 from . import check, suite
 from .cases import BOTH, FORWARD, Case
@@ -64,9 +65,15 @@ def op_rows(bench: Bench, case: Case) -> list[suite.Row]:
             times = bench.timer.race(racing)
             rows.append(
                 {
-                    **head, "backend": backend, "direction": direction, "eager_ms": times["eager"].median() * 1e3,
-                    "compiled_ms": times["compiled"].median() * 1e3, "times_eager": times["eager"].median() / times["compiled"].median(),
-                    "compile_s": seconds, "timing": times["compiled"].how, "rounds": len(times["compiled"].seconds),
+                    **head,
+                    "backend": backend,
+                    "direction": direction,
+                    "eager_ms": times["eager"].median() * 1e3,
+                    "compiled_ms": times["compiled"].median() * 1e3,
+                    "times_eager": times["eager"].median() / times["compiled"].median(),
+                    "compile_s": seconds,
+                    "timing": times["compiled"].how,
+                    "rounds": len(times["compiled"].seconds),
                 }  # fmt: skip
             )
     return rows
@@ -105,9 +112,14 @@ def model_rows(bench: Bench, base: str) -> list[suite.Row]:
         largest = max((g - e).norm().item() / max(e.norm().item(), 1e-30) for g, e in zip(got, expected))
         rows.append(
             {
-                **head, "eager_ms": times["eager"].median() * 1e3, "compiled_ms": times["compiled"].median() * 1e3,
-                "times_eager": times["eager"].median() / times["compiled"].median(), "compile_s": seconds, "gradient_difference": largest,
-                "rounds": len(times["compiled"].seconds), "timing": times["compiled"].how,
+                **head,
+                "eager_ms": times["eager"].median() * 1e3,
+                "compiled_ms": times["compiled"].median() * 1e3,
+                "times_eager": times["eager"].median() / times["compiled"].median(),
+                "compile_s": seconds,
+                "gradient_difference": largest,
+                "rounds": len(times["compiled"].seconds),
+                "timing": times["compiled"].how,
             }  # fmt: skip
         )
     return rows

@@ -10,8 +10,9 @@ import sys
 from typing import Iterator
 
 import psann_kernels
-from psann_fast import doctor
 from psann_kernels import explain
+
+from psann_fast import doctor
 
 from . import parity, suite
 from .lm import BASES, SIZES, made
@@ -33,7 +34,11 @@ def device_section(bench: Bench) -> Iterator[suite.Case]:
 
 def doctor_rows() -> list[suite.Row]:
     report = doctor.report()
-    return [{"versions": report["versions"]}, {"devices": report["devices"]}, *({"doctor": row["op"], **row} for row in report["ops"])]
+    return [
+        {"versions": report["versions"]},
+        {"devices": report["devices"]},
+        *({"doctor": row["op"], **row} for row in report["ops"]),
+    ]
 
 
 def explain_rows(bench: Bench, base: str) -> list[suite.Row]:
@@ -52,11 +57,25 @@ def sanitizer_rows(tool: str, only: str) -> list[suite.Row]:
     program = shutil.which("compute-sanitizer")
     if program is None:
         return [{"sanitizer": tool, "refused": "compute-sanitizer is not on PATH (it comes with the CUDA toolkit)"}]
-    command = [program, "--tool", tool, "--error-exitcode", "86", sys.executable, "-m", "bench.parity", "--smallest", "--only", only]
+    command = [
+        program,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "86",
+        sys.executable,
+        "-m",
+        "bench.parity",
+        "--smallest",
+        "--only",
+        only,
+    ]
     # Torch's caching allocator would hide an access beyond a tensor inside its own block.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
-        done = subprocess.run(command, cwd=suite.ROOT, env=environment, capture_output=True, text=True, timeout=SANITIZER_SECONDS, check=False)
+        done = subprocess.run(
+            command, cwd=suite.ROOT, env=environment, capture_output=True, text=True, timeout=SANITIZER_SECONDS, check=False
+        )
     except subprocess.TimeoutExpired:
         return [{"sanitizer": tool, "failed": f"took more than {SANITIZER_SECONDS:g} s; run it alone: {' '.join(command)}"}]
     told = [line.strip("= \n") for line in (done.stdout + done.stderr).splitlines() if line.startswith("=====")]

@@ -1,7 +1,7 @@
 """All that a short GPU lease is for, in order, each section in a process of its own; the table comes last.
 
-A kernel that faults takes its process's device with it, so a section that died is started again as long as it gets further: the case
-that killed it is on record and passed over. What is left when the lease ends goes on with the same command in the next one.
+A kernel that faults takes its process's device with it, so a section that died is started again as long as it gets further: the
+case that killed it is on record and passed over. What is left when the lease ends goes on with the same command in the next one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ ORDER = ("device", "ops", "peers", "lm", "compile")
 GRACE = 60.0  # seconds beyond its limit that a section gets to finish a case before it is ended
 
 
-def run(options: argparse.Namespace, start: Callable[..., Any] = subprocess.run, clock: Callable[[], float] = time.perf_counter) -> None:
+def run(
+    options: argparse.Namespace, start: Callable[..., Any] = subprocess.run, clock: Callable[[], float] = time.perf_counter
+) -> None:
     for section in ORDER:
         _run_section(section, options, start, clock)
     plots.draw(options.out)
@@ -50,7 +52,18 @@ def _run_section(section: str, options: argparse.Namespace, start: Callable[...,
 
 
 def arguments(section: str, options: argparse.Namespace, left: float, is_first: bool) -> list[str]:
-    given = ["--sections", section, "--out", str(Path(options.out).resolve()), "--limit", f"{left:.0f}", "--device", options.device, "--size", options.size]
+    given = [
+        "--sections",
+        section,
+        "--out",
+        str(Path(options.out).resolve()),
+        "--limit",
+        f"{left:.0f}",
+        "--device",
+        options.device,
+        "--size",
+        options.size,
+    ]
     given += ["--only", options.only] if options.only else []
     given += ["--rounds", str(options.rounds)] if options.rounds is not None else []
     given += ["--no-compile"] if options.no_compile else []
@@ -86,17 +99,25 @@ def summary(folder: Path) -> str:
         keys = ("model", "size", "what", "backend", "tokens_per_s", "times_torch")
         parts.append("lm\n" + table([{key: _blank(row[key]) for key in keys} for row in models]))
     lost = [
-        {"section": section, "op": row["op"], "shape": row["shape"], "dtype": row["dtype"], "direction": row["direction"], "faster": name, "by": 1 / ratio}
+        {
+            "section": section,
+            "op": row["op"],
+            "shape": row["shape"],
+            "dtype": row["dtype"],
+            "direction": row["direction"],
+            "faster": name,
+            "by": 1 / ratio,
+        }
         for section in ("ops", "peers")
         for row in sections.get(section, [])
         if row.get("is_auto") or row.get("backend") == "auto"
         for name, ratio in {**{k[6:]: v for k, v in row.items() if k.startswith("times_")}, **row.get("times", {})}.items()
         if ratio is not None and ratio < 1
-    ]  # fmt: skip
+    ]
     parts.append("lost (a peer is faster than auto, by this factor)\n" + table(lost) if lost else "lost: nothing that was measured")
     for kind in ("wrong", "failed", "refused"):
         rows = [(section, row) for section, found in sections.items() for row in found if kind in row]
-        told = sorted({f"{section}: {' '.join(str(row[k]) for k in ('op', 'model', 'case', 'backend', 'sanitizer') if k in row)}: {row[kind]}" for section, row in rows})
+        told = sorted({f"{section}: {_who(row)}: {row[kind]}" for section, row in rows})
         if told:
             parts.append(f"{kind} ({len(rows)} rows)\n" + "\n".join(f"  {line[:200]}" for line in told[:20]))
     absent = [f"{row['peer']} {row['sought']}" for row in sections.get("peers", []) if row.get("found") == "absent"]
@@ -105,8 +126,23 @@ def summary(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def _who(row: dict[str, Any]) -> str:
+    return " ".join(str(row[key]) for key in ("op", "model", "case", "backend", "sanitizer") if key in row)
+
+
 def _line(row: dict[str, Any]) -> dict[str, Any]:
-    keys = ("op", "shape", "dtype", "direction", "backend", "median_ms", "of_copy", "of_matmul", "times_torch", "times_torch.compile")
+    keys = (
+        "op",
+        "shape",
+        "dtype",
+        "direction",
+        "backend",
+        "median_ms",
+        "of_copy",
+        "of_matmul",
+        "times_torch",
+        "times_torch.compile",
+    )
     return {key: _blank(row.get(key)) for key in keys}
 
 

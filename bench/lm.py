@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Callable, Iterator
 
 import torch
+from psann_kernels import BackendError
+from torch import Tensor, nn
+
 from psann_fast import ModelConfig, TrainConfig
 from psann_fast.generate.engine import Request, run
 from psann_fast.generate.sampling import SamplingParams
@@ -21,8 +24,6 @@ from psann_fast.models import build_model
 from psann_fast.train.loss import LossModule
 from psann_fast.train.optim import build_optimizers
 from psann_fast.train.precision import autocast
-from psann_kernels import BackendError
-from torch import Tensor, nn
 
 from . import check, suite
 from .ops import BACKENDS, Bench
@@ -34,7 +35,7 @@ NO_END = -1  # an id that is never drawn, so that every text has its full length
 
 @dataclass(frozen=True)
 class Size:
-    """d_model, layers, heads, vocabulary; a training batch of rows x tokens; texts written at once, their prompts and new tokens."""
+    """d_model, layers, heads, vocabulary; a training batch of rows x tokens; texts written at once, their prompt and new tokens."""
 
     width: int
     layers: int
@@ -67,9 +68,14 @@ def made(base: str, size: Size, backend: str, device: torch.device) -> nn.Module
     """The model; its weights are the same for every backend."""
     torch.manual_seed(0)
     config = ModelConfig(
-        base=base, d_model=size.width, n_layers=size.layers, n_heads=size.heads, vocab_size=size.vocabulary, backend=backend,
+        base=base,
+        d_model=size.width,
+        n_layers=size.layers,
+        n_heads=size.heads,
+        vocab_size=size.vocabulary,
+        backend=backend,
         max_length=size.tokens,
-    )  # fmt: skip
+    )
     return build_model(config).to(device).eval()
 
 
@@ -114,7 +120,13 @@ def right_models(bench: Bench, base: str, size: Size, head: suite.Row) -> tuple[
 
 
 def train_rows(bench: Bench, base: str, name: str, size: Size) -> list[suite.Row]:
-    head = {"model": base, "size": name, "what": "train", "shape": f"{size.rows}x{size.tokens}", "dtype": "bf16 autocast" if amp_of(bench.device) else "float32"}
+    head = {
+        "model": base,
+        "size": name,
+        "what": "train",
+        "shape": f"{size.rows}x{size.tokens}",
+        "dtype": "bf16 autocast" if amp_of(bench.device) else "float32",
+    }
     models, rows = right_models(bench, base, size, head)
     batch = drawn(size, bench.device, size.rows, size.tokens)
     steps = {backend: step_of(model.train(), batch, bench.device) for backend, model in models.items()}
@@ -141,9 +153,12 @@ def step_of(model: nn.Module, batch: Tensor, device: torch.device) -> Callable[[
 def decode_rows(bench: Bench, base: str, name: str, size: Size) -> list[suite.Row]:
     dtype = amp_of(bench.device) or torch.float32
     head = {
-        "model": base, "size": name, "what": "decode", "shape": f"{size.texts} texts, {size.prompt} + {size.new_tokens} tokens",
+        "model": base,
+        "size": name,
+        "what": "decode",
+        "shape": f"{size.texts} texts, {size.prompt} + {size.new_tokens} tokens",
         "dtype": str(dtype).removeprefix("torch."),
-    }  # fmt: skip
+    }
     models, rows = right_models(bench, base, size, head)
     choose = random.Random(0)
     prompts = [[choose.randrange(size.vocabulary) for _ in range(size.prompt)] for _ in range(size.texts)]
@@ -153,7 +168,9 @@ def decode_rows(bench: Bench, base: str, name: str, size: Size) -> list[suite.Ro
 
 def write(model: nn.Module, prompts: list[list[int]], size: Size) -> None:
     requests = [
-        Request(i, list(prompt), SamplingParams(max_new_tokens=size.new_tokens, temperature=0.0, seed=i), TextStream(lambda ids: b"x"))
+        Request(
+            i, list(prompt), SamplingParams(max_new_tokens=size.new_tokens, temperature=0.0, seed=i), TextStream(lambda ids: b"x")
+        )
         for i, prompt in enumerate(prompts)
     ]
     for _ in run(model, requests, NO_END, size.vocabulary):
@@ -163,7 +180,9 @@ def write(model: nn.Module, prompts: list[list[int]], size: Size) -> None:
         raise RuntimeError(f"texts {short} ended before {size.new_tokens} tokens, so tokens a second would be too high")
 
 
-def raced(bench: Bench, head: suite.Row, models: dict[str, nn.Module], runs: dict[str, Callable[[], Any]], tokens: int) -> list[suite.Row]:
+def raced(
+    bench: Bench, head: suite.Row, models: dict[str, nn.Module], runs: dict[str, Callable[[], Any]], tokens: int
+) -> list[suite.Row]:
     """Rows of whole runs by the wall clock, in turns; the device is waited for."""
 
     def waited(call: Callable[[], Any]) -> Callable[[], None]:
@@ -187,9 +206,15 @@ def raced(bench: Bench, head: suite.Row, models: dict[str, nn.Module], runs: dic
     parameters = {backend: sum(p.numel() for p in models[backend].parameters()) for backend in racing}
     return failed + [
         {
-            **head, "backend": backend, "parameters": parameters[backend], "tokens_per_s": tokens / t.median(),
-            "p10_tokens_per_s": tokens / t.percentile(90), "p90_tokens_per_s": tokens / t.percentile(10), "median_ms": t.median() * 1e3,
-            "rounds": len(t.seconds), "times_torch": times["torch"].median() / t.median() if "torch" in times and backend != "torch" else None,
+            **head,
+            "backend": backend,
+            "parameters": parameters[backend],
+            "tokens_per_s": tokens / t.median(),
+            "p10_tokens_per_s": tokens / t.percentile(90),
+            "p90_tokens_per_s": tokens / t.percentile(10),
+            "median_ms": t.median() * 1e3,
+            "rounds": len(t.seconds),
+            "times_torch": times["torch"].median() / t.median() if "torch" in times and backend != "torch" else None,
         }
         for backend, t in times.items()
-    ]  # fmt: skip
+    ]

@@ -18,8 +18,8 @@ from .timing import Call, Prepared, Times, Yardsticks, copies_beyond
 
 BACKENDS = ("triton", "native", "torch")
 OWN = ("auto", *BACKENDS)
-# Our bound is ours alone: sums of Inductor over one long chain, for one, exceed it by some half. Without a time for them we would win
-# by default, so others are timed up to this many times what is allowed, and their error_share tells.
+# Our bound is ours alone: Inductor's sums over one long chain, for one, exceed it by some half. Without a time for them we would
+# win by default, so others are timed up to this many times what is allowed, and their error_share tells.
 OTHERS_SHARE = 16.0
 
 
@@ -70,7 +70,7 @@ def own_variants(bench: Bench, case: Case) -> dict[str, Variant]:
 
 
 def compiled(function: Function, **options: Any) -> Function:
-    """torch.compile for fixed shapes. A backward is timed again and again over one forward, so its saved tensors must not be given away."""
+    """torch.compile for fixed shapes. A backward is timed many times over one forward, so its saved tensors are not given away."""
     functorch.donated_buffer = False
     return torch.compile(function, dynamic=False, **options)
 
@@ -111,8 +111,14 @@ def measure(bench: Bench, case: Case, variants: Mapping[str, Variant]) -> list[s
         yardsticks = {"copy": bench.yardsticks.copy(), **({"matmul": bench.yardsticks.matmul(case.dtype)} if case.flops else {})}
         times = bench.timer.race({**yardsticks, **racing})
         rows += [
-            {**head, "backend": name, "direction": direction, **figures(bench, case, direction, name, times), "error_share": errors[name],
-             "is_auto": name == chosen}
+            {
+                **head,
+                "backend": name,
+                "direction": direction,
+                **figures(bench, case, direction, name, times),
+                "error_share": errors[name],
+                "is_auto": name == chosen,
+            }
             for name in racing
         ]
     return rows
@@ -167,10 +173,15 @@ def figures(bench: Bench, case: Case, direction: str, name: str, times: Mapping[
     seconds = mine.median()
     copy_rate = bench.yardsticks.bytes_per_second(times["copy"].median())
     row: suite.Row = {
-        "median_ms": seconds * 1e3, "p10_ms": mine.percentile(10) * 1e3, "p90_ms": mine.percentile(90) * 1e3, "rounds": len(mine.seconds),
-        "timing": mine.how, "gb_per_s": case.bytes[direction] / seconds / 1e9, "of_copy": case.bytes[direction] / seconds / copy_rate,
+        "median_ms": seconds * 1e3,
+        "p10_ms": mine.percentile(10) * 1e3,
+        "p90_ms": mine.percentile(90) * 1e3,
+        "rounds": len(mine.seconds),
+        "timing": mine.how,
+        "gb_per_s": case.bytes[direction] / seconds / 1e9,
+        "of_copy": case.bytes[direction] / seconds / copy_rate,
         "copy_gb_per_s": copy_rate / 1e9,
-    }  # fmt: skip
+    }
     if case.flops:
         matmul_rate = bench.yardsticks.flops_per_second(times["matmul"].median())
         rate = case.flops[direction] / seconds
@@ -178,5 +189,7 @@ def figures(bench: Bench, case: Case, direction: str, name: str, times: Mapping[
     row["of_roof"] = max(row["of_copy"], row.get("of_matmul", 0.0))
     for peer in ("torch", "torch.compile"):
         row[f"times_{peer}"] = times[peer].median() / seconds if peer in times and peer != name else None
-    row["times"] = {other: times[other].median() / seconds for other in times if other not in (name, "copy", "matmul", "torch", "torch.compile")}
+    row["times"] = {
+        other: times[other].median() / seconds for other in times if other not in (name, "copy", "matmul", "torch", "torch.compile")
+    }
     return row

@@ -1,7 +1,7 @@
-"""Every op on this device, at awkward sizes, judged by the tests' three witnesses: `python -m bench.parity [--smallest] [--only TEXT]`.
+"""Every op on this device, at awkward sizes, judged by the tests' witnesses: `python -m bench.parity [--smallest] [--only TEXT]`.
 
-The tests of tests/kernels run on CPU tensors (Triton in its interpreter); this is their judgement on the device itself. --smallest takes one
-case an op, for compute-sanitizer. Ends with status 1 if a result is wrong.
+The tests of tests/kernels run on CPU tensors (Triton in its interpreter); this is their judgement on the device itself.
+--smallest takes one case an op, for compute-sanitizer. Ends with status 1 if a result is wrong.
 """
 
 from __future__ import annotations

@@ -119,10 +119,15 @@ def _dense(bench: Bench, case: Case) -> Variant:
     new, length, blocks = case.facts["new"], case.facts["length"], case.facts["blocks"]
     gathered: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
 
-    def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, seq_lens: Tensor, offsets: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def attend(
+        q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, seq_lens: Tensor, offsets: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
         batch = len(table)
         if k_cache.data_ptr() not in gathered:
-            k, v = (c[table.long()].view(batch, blocks * 16, *c.shape[2:])[:, :length].transpose(1, 2).contiguous() for c in (k_cache, v_cache))
+            k, v = (
+                c[table.long()].view(batch, blocks * 16, *c.shape[2:])[:, :length].transpose(1, 2).contiguous()
+                for c in (k_cache, v_cache)
+            )
             distance = torch.arange(length - new, length, device=q.device).unsqueeze(1) - torch.arange(length, device=q.device)
             gathered[k_cache.data_ptr()] = (k, v, None if new == 1 else distance >= 0)
         k, v, mask = gathered[k_cache.data_ptr()]
@@ -140,7 +145,9 @@ def _flashinfer_decode(bench: Bench, case: Case) -> Variant:
     new, length, blocks = case.facts["new"], case.facts["length"], case.facts["blocks"]
     planned: dict[int, Any] = {}
 
-    def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, seq_lens: Tensor, offsets: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def attend(
+        q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, seq_lens: Tensor, offsets: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
         key = k_cache.data_ptr()
         if key not in planned:
             batch = len(table)
@@ -232,7 +239,9 @@ def _torch_loss(bench: Bench, case: Case) -> Variant:
 def _bare_linears(bench: Bench, case: Case) -> Variant:
     """The two products without any activation. Its sine parameters get no gradient, so its backward is given zeros to add."""
 
-    def linears(x: Tensor, w1: Tensor, b1: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    def linears(
+        x: Tensor, w1: Tensor, b1: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, w2: Tensor, b2: Tensor
+    ) -> Tensor:
         y = F.linear(F.linear(x, w1, b1), w2, b2)
         return y + (0 * (amplitude + frequency + damping).sum()).to(y.dtype) if torch.is_grad_enabled() else y
 
@@ -242,19 +251,32 @@ def _bare_linears(bench: Bench, case: Case) -> Variant:
 PEERS: dict[str, dict[str, tuple[str, Builder]]] = {
     "damped_sine": {"torch": ("torch", specification), "torch.compile": ("torch", inductor)},
     "rms_norm": {
-        "torch": ("torch", specification), "torch.compile": ("torch", inductor), "F.rms_norm": ("torch", _torch_rms_norm),
-        "liger": ("liger-kernel", _liger_rms_norm), "fla": ("fla-core", _fla_rms_norm),
+        "torch": ("torch", specification),
+        "torch.compile": ("torch", inductor),
+        "F.rms_norm": ("torch", _torch_rms_norm),
+        "liger": ("liger-kernel", _liger_rms_norm),
+        "fla": ("fla-core", _fla_rms_norm),
     },
     "wave_conv": {"torch": ("torch", specification), "torch.compile": ("torch", inductor), "F.conv1d": ("torch", _conv1d)},
     "rope_attention": {
-        "torch": ("torch", specification), "torch.compile": ("torch", inductor), "sdpa flash": ("torch", _sdpa(SDPBackend.FLASH_ATTENTION)),
-        "sdpa cudnn": ("torch", _sdpa(SDPBackend.CUDNN_ATTENTION)), "sdpa efficient": ("torch", _sdpa(SDPBackend.EFFICIENT_ATTENTION)),
+        "torch": ("torch", specification),
+        "torch.compile": ("torch", inductor),
+        "sdpa flash": ("torch", _sdpa(SDPBackend.FLASH_ATTENTION)),
+        "sdpa cudnn": ("torch", _sdpa(SDPBackend.CUDNN_ATTENTION)),
+        "sdpa efficient": ("torch", _sdpa(SDPBackend.EFFICIENT_ATTENTION)),
         "flex": ("torch", _flex),
     },
     "paged_attention": {"sdpa, keys gathered before": ("torch", _dense), "flashinfer": ("flashinfer-python", _flashinfer_decode)},
     "linear_cross_entropy": {
-        "torch": ("torch", _torch_loss), "torch.compile": ("torch", lambda b, c: compiled(_torch_loss(b, c)) if b.has_compile else "left out by --no-compile"),
-        "liger": ("liger-kernel", _liger_loss), "fla": ("fla-core", _fla_loss), "cut-cross-entropy": ("cut-cross-entropy", _cut_loss),
+        "torch": ("torch", _torch_loss),
+        "torch.compile": ("torch", lambda b, c: compiled(_torch_loss(b, c)) if b.has_compile else "left out by --no-compile"),
+        "liger": ("liger-kernel", _liger_loss),
+        "fla": ("fla-core", _fla_loss),
+        "cut-cross-entropy": ("cut-cross-entropy", _cut_loss),
     },
-    "damped_sine_mlp": {"torch": ("torch", specification), "torch.compile": ("torch", inductor), "bare linears": ("torch", _bare_linears)},
-}  # fmt: skip
+    "damped_sine_mlp": {
+        "torch": ("torch", specification),
+        "torch.compile": ("torch", inductor),
+        "bare linears": ("torch", _bare_linears),
+    },
+}

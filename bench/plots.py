@@ -30,10 +30,21 @@ def _roofline(folder: Path, rows: list[dict[str, Any]]) -> Path:
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for op in dict.fromkeys(row["op"] for row in rows):
         mine = [row for row in rows if row["op"] == op]
-        axes.scatter([max(row.get("of_matmul", 0.0), 1e-3) / row["of_copy"] for row in mine], [row["of_roof"] for row in mine], label=op, s=18, alpha=0.7)
+        axes.scatter(
+            [max(row.get("of_matmul", 0.0), 1e-3) / row["of_copy"] for row in mine],
+            [row["of_roof"] for row in mine],
+            label=op,
+            s=18,
+            alpha=0.7,
+        )
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.axvline(1.0, color="gray", linewidth=0.8, linestyle=":")
-    axes.set(xscale="log", yscale="log", xlabel="share of matmul rate / share of copy rate (left of 1: bound by memory)", ylabel="share of the roof")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="share of matmul rate / share of copy rate (left of 1: bound by memory)",
+        ylabel="share of the roof",
+    )
     axes.legend(fontsize=8)
     return _saved(figure, folder / "roofline.png")
 

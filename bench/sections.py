@@ -28,7 +28,9 @@ def run(section: str, options: argparse.Namespace) -> suite.Report:
 
 def bench_of(options: argparse.Namespace) -> ops.Bench:
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("bench: --device cuda, and torch sees no GPU here (torch.cuda.is_available() is False); leave --device out")
+        raise SystemExit(
+            "bench: --device cuda, and torch sees no GPU here (torch.cuda.is_available() is False); leave --device out"
+        )
     has_gpu = options.device != "cpu" and torch.cuda.is_available()
     timer = CUDATimer() if has_gpu else CPUTimer()
     if options.rounds is not None:

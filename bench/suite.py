@@ -149,4 +149,6 @@ def describe(error: BaseException) -> str:
 
 def short(row: Row) -> str:
     """One line for whoever watches."""
-    return "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items() if value is not None)
+    return "  ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items() if value is not None
+    )

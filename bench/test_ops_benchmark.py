@@ -32,7 +32,9 @@ def only_when_asked(request):
         pytest.skip("times are taken with --benchmark-only")
 
 
-@pytest.mark.parametrize("case, direction, backend", ENTRIES, ids=lambda value: value.name.replace(" ", "-") if isinstance(value, Case) else value)
+@pytest.mark.parametrize(
+    "case, direction, backend", ENTRIES, ids=lambda value: value.name.replace(" ", "-") if isinstance(value, Case) else value
+)
 def test_op(benchmark, case, direction, backend):
     function = case.call(backend)
     try:

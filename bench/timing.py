@@ -78,7 +78,9 @@ class CPUTimer:
 class CUDATimer:
     """As CPUTimer, by events around graph replays. `cuda` is torch.cuda, or what stands in for it in a test."""
 
-    def __init__(self, rounds: int = 25, patience: float = 4.0, cuda: Any = torch.cuda, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, rounds: int = 25, patience: float = 4.0, cuda: Any = torch.cuda, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.rounds, self.patience, self.cuda, self.clock = rounds, patience, cuda, clock
         self.cache_bytes = cuda.get_device_properties(cuda.current_device()).L2_cache_size
 

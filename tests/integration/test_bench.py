@@ -26,7 +26,9 @@ CONDITIONS = {"section": "ops", "commit": "abc", "date": "2026-01-01"}
 
 
 def options(folder, *words):
-    return command.parser().parse_args(["--out", str(folder), "--device", "cpu", "--size", "tiny", "--no-compile", "--rounds", "5", *words])
+    return command.parser().parse_args(
+        ["--out", str(folder), "--device", "cpu", "--size", "tiny", "--no-compile", "--rounds", "5", *words]
+    )
 
 
 def lines(path):
@@ -41,7 +43,7 @@ def only_case(name):
     return next(case for case in tiny(name).cases())
 
 
-# -- a section, end to end ------------------------------------------------------------------------------------------------------
+# -- a section, end to end ----------------------------------------------------------------------------------------------------
 
 
 def test_a_section_writes_rows_and_is_not_measured_twice(tmp_path, capsys, monkeypatch):
@@ -81,7 +83,7 @@ def test_every_tiny_case_is_right_on_the_cpu(tmp_path):
             assert share <= 1
 
 
-# -- going on ---------------------------------------------------------------------------------------------------------------------
+# -- going on -----------------------------------------------------------------------------------------------------------------
 
 
 def run_suite(folder, measured, *, names="abc", conditions=CONDITIONS, **more):
@@ -142,7 +144,7 @@ def test_a_failing_case_is_a_row_and_a_lost_device_ends_the_run(tmp_path):
         suite.run_section(tmp_path, "lm", [("c", lambda: 1 / 0)], CONDITIONS, say=lambda _: None)
 
 
-# -- correctness before time ---------------------------------------------------------------------------------------------------------
+# -- correctness before time --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("direction", ["output", "gradient"])
@@ -178,7 +180,9 @@ def test_what_raises_is_a_row_and_a_limit_is_not_checked():
     def raises(*arguments):
         raise RuntimeError("out of shared memory\nand more")
 
-    rows = ops.measure(tiny(), case, {"torch": case.call("torch"), "raises": raises, "limit": ops.Limit(lambda z, a, f, d: z * (a + f + d))})
+    rows = ops.measure(
+        tiny(), case, {"torch": case.call("torch"), "raises": raises, "limit": ops.Limit(lambda z, a, f, d: z * (a + f + d))}
+    )
     told = {row["backend"]: row for row in rows}
     assert told["raises"]["failed"] == "RuntimeError: out of shared memory"
     assert told["limit"]["error_share"] is None and told["limit"]["median_ms"] > 0
@@ -197,7 +201,7 @@ def test_a_part_of_a_large_call_is_judged_like_the_whole():
     assert [t.shape[2] for t in (*arguments[:3], *gradients)] == [2, 1, 1, 2]
 
 
-# -- time -----------------------------------------------------------------------------------------------------------------------------
+# -- time ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_cpu_rounds_take_turns_rotate_copies_and_stop_in_time():
@@ -211,7 +215,9 @@ def test_cpu_rounds_take_turns_rotate_copies_and_stop_in_time():
         return lambda: call
 
     timer = timing.CPUTimer(rounds=50, patience=1.0, clock=lambda: now[0])
-    times = timer.race({"slow": [prepared("slow", i, 0.2) for i in range(3)], "fast": [prepared("fast", i, 1.1e-4) for i in range(2)]})
+    times = timer.race(
+        {"slow": [prepared("slow", i, 0.2) for i in range(3)], "fast": [prepared("fast", i, 1.1e-4) for i in range(2)]}
+    )
     assert len(times["slow"].seconds) == len(times["fast"].seconds) == timing.MIN_ROUNDS
     assert times["slow"].median() == pytest.approx(0.2) and times["fast"].median() == pytest.approx(1.1e-4)
     timed = called[4:]  # the first two of each warm up
@@ -289,7 +295,9 @@ class FakeCUDA:
             self.now += seconds + 1e-3  # launching from Python costs a millisecond here
 
 
-@pytest.mark.parametrize("refuses, seconds, how", [(None, 5e-6, "graph"), ("cannot capture\nthis", 5e-6 + 1e-3, "events (cannot capture)")])
+@pytest.mark.parametrize(
+    "refuses, seconds, how", [(None, 5e-6, "graph"), ("cannot capture\nthis", 5e-6 + 1e-3, "events (cannot capture)")]
+)
 def test_gpu_times_come_from_graphs_or_say_why_not(refuses, seconds, how):
     cuda = FakeCUDA(refuses)
     timer = timing.CUDATimer(rounds=7, cuda=cuda)
@@ -316,7 +324,7 @@ def test_a_backward_is_timed_alone():
     assert calls == ["forward"] * 2
 
 
-# -- peers, device, lease -------------------------------------------------------------------------------------------------------------
+# -- peers, device, lease -----------------------------------------------------------------------------------------------------
 
 
 def test_absent_peers_are_named_and_present_ones_run(monkeypatch):
@@ -365,13 +373,26 @@ def test_a_lease_runs_every_section_and_restarts_one_that_got_further(tmp_path, 
         dies = section == "ops" and started.count(("ops", True)) + started.count(("ops", False)) < 3
         with (tmp_path / f"{section}.jsonl").open("a") as file:
             if section == "device":
-                file.write(json.dumps({"conditions": {"section": "device"}}) + "\n" + json.dumps({"sanitizer": "memcheck", "wrong": "bad read"}) + "\n")
+                file.write(
+                    json.dumps({"conditions": {"section": "device"}})
+                    + "\n"
+                    + json.dumps({"sanitizer": "memcheck", "wrong": "bad read"})
+                    + "\n"
+                )
             if section != "lm":
                 file.write("{}\n")
         return SimpleNamespace(returncode=1 if dies or section == "lm" else 0)
 
     lease.run(options(tmp_path, "--again"), start=start, clock=lambda: now[0])
-    assert started == [("device", True), ("ops", True), ("ops", False), ("ops", False), ("peers", True), ("lm", True), ("compile", True)]
+    assert started == [
+        ("device", True),
+        ("ops", True),
+        ("ops", False),
+        ("ops", False),
+        ("peers", True),
+        ("lm", True),
+        ("compile", True),
+    ]
     told = capsys.readouterr().out
     assert "peers: ended 60 s after its limit" in told and "lm: ended with status 1 and nothing new" in told
     assert "wrong (1 rows)\n  device: memcheck: bad read" in told
