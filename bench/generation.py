@@ -2,13 +2,13 @@
 
     python -m bench.generation [--rounds 3] [--threads 2] [--new-tokens 512] [--json FILE]
 
-The model: respsann, d_model 512, 8 layers, 8 heads, 4096 token ids, random weights that psannlm's model shares; the Llama has as many
-weights (intermediate size 1365). All draw at temperature 1 with top-p 0.9 and write to the end of their limit. Tokens per second
+The model: respsann, d_model 512, 8 layers, 8 heads, 4096 token ids, random weights that psannlm's model shares; the Llama has as
+many (intermediate size 1365). All draw at temperature 1 with top-p 0.9 and write to the end of their limit. Tokens per second
 count new tokens over the whole call, prompt included. psannlm's `generate`, which has no cache and slows down as it writes, runs
 in the first round only.
 
-`of_bound` is the share of the bound for one text: memory read bandwidth of this run (the best of several reads of 256 MB) over the bytes
-of weights that a token needs. `psannlm` and `transformers` are skipped, saying so, where they are not installed.
+`of_bound` is the share of the bound for one text: memory read bandwidth of this run (the best of several reads of 256 MB) over the
+bytes of weights that a token needs. `psannlm` and `transformers` are skipped, saying so, where they are not installed.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def psannlm_model() -> Any:
     from psannlm.architectures import LMArchitectureConfig, LMConfig, build_lm_model
 
     config = LMConfig(
-        architecture=LMArchitectureConfig._residual(), d_model=512, n_layers=8, n_heads=8, vocab_size=VOCABULARY, positional_encoding="rope"
+        architecture=LMArchitectureConfig._residual(), d_model=512, n_layers=8, n_heads=8, vocab_size=VOCABULARY,
+        positional_encoding="rope",
     )  # fmt: skip
     model = psannlm.PSANNLM(config=config, device="cpu")
     model._model = build_lm_model(config).model.eval()
@@ -97,8 +98,8 @@ def llama() -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=512, intermediate_size=1365, num_hidden_layers=8, num_attention_heads=8, vocab_size=VOCABULARY, eos_token_id=None,
-        bos_token_id=None, pad_token_id=0,
+        hidden_size=512, intermediate_size=1365, num_hidden_layers=8, num_attention_heads=8, vocab_size=VOCABULARY,
+        eos_token_id=None, bos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
@@ -109,7 +110,14 @@ def llama_writes(model: torch.nn.Module, texts: list[list[int]], new_tokens: int
     ids = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
     mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
     out = model.generate(
-        ids, attention_mask=mask, do_sample=True, temperature=1.0, top_p=0.9, top_k=0, max_new_tokens=new_tokens, min_new_tokens=new_tokens
+        ids,
+        attention_mask=mask,
+        do_sample=True,
+        temperature=1.0,
+        top_p=0.9,
+        top_k=0,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
     )
     return out[:, longest:].numel()
 
@@ -160,7 +168,13 @@ def long_prompts(module: torch.nn.Module, row: Callable[..., dict[str, Any]]) ->
             whole = timed(lambda: module.lm_head(module.hidden(torch.tensor([text]))[:, -1]))
         cache = bytes_per_token(module) * length
         rows.append(
-            row(f"prompt of {length}", "psann-fast model", 1 / seconds, times_one_pass=seconds / whole, beyond_cache_mb=(growth - cache) / 2**20)
+            row(
+                f"prompt of {length}",
+                "psann-fast model",
+                1 / seconds,
+                times_one_pass=seconds / whole,
+                beyond_cache_mb=(growth - cache) / 2**20,
+            )
         )
     return rows
 
@@ -215,11 +229,14 @@ def main() -> None:
     (one,) = prompts([PROMPT])
     as_text = lambda ids: " ".join(map(str, ids))  # noqa: E731 (three uses)
     single: dict[str, Callable[[], int]] = {
-        f"psann-fast {w}": (lambda w=w: ours(module, [one], options.new_tokens, w)) for w in (WEIGHTS if refuses(module) is None else ("model",))
+        f"psann-fast {w}": (lambda w=w: ours(module, [one], options.new_tokens, w))
+        for w in (WEIGHTS if refuses(module) is None else ("model",))
     }
     if theirs is not None:
         single["psannlm generate"] = lambda: len(theirs.generate(as_text(one), max_new_tokens=options.new_tokens).split())
-        single["psannlm generate_batch"] = lambda: len(theirs.generate_batch([as_text(one)], max_new_tokens=options.new_tokens)[0].split())
+        single["psannlm generate_batch"] = lambda: len(
+            theirs.generate_batch([as_text(one)], max_new_tokens=options.new_tokens)[0].split()
+        )
     if peer is not None:
         single["transformers"] = lambda: llama_writes(peer, [one], options.new_tokens)
     for weights in WEIGHTS if refuses(module) is None else ("model",):  # rounded once per model
@@ -228,7 +245,8 @@ def main() -> None:
 
     ragged, equal = prompts([random.Random(i).randint(5, 60) for i in range(BATCH)]), prompts([PROMPT] * BATCH)
     many: dict[str, Callable[[], int]] = {
-        f"psann-fast {w}": (lambda w=w: ours(module, ragged, BATCH_TOKENS, w)) for w in (WEIGHTS if refuses(module) is None else ("model",))
+        f"psann-fast {w}": (lambda w=w: ours(module, ragged, BATCH_TOKENS, w))
+        for w in (WEIGHTS if refuses(module) is None else ("model",))
     }
     if theirs is not None:
         count = lambda texts: sum(len(text.split()) for text in texts)  # noqa: E731 (two uses)

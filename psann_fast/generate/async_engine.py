@@ -97,7 +97,9 @@ class AsyncEngine:
             self.engine.check(request)
         most = self.engine.scheduler.max_rows + self.max_waiting
         if self.outstanding + len(requests) > most:
-            raise QueueFull(f"{self.outstanding} requests are running or waiting, and {len(requests)} more exceed the {most} that may; try later")
+            raise QueueFull(
+                f"{self.outstanding} requests run or wait, and {len(requests)} more exceed the {most} that may; try later"
+            )
         self.outstanding += len(requests)
         self._idle.clear()
         stream = Stream(self, requests)

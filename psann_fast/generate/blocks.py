@@ -43,7 +43,7 @@ class BlockPool:
         return self.num_blocks - self.available
 
     def take(self) -> int:
-        """A block for one owner; an idle one loses its content, the one that is idle longest first. The caller has looked at `available`."""
+        """A block for one owner. An idle one, the oldest first, loses its content. The caller has looked at `available`."""
         if self._returned:
             block = self._returned.pop()
         elif self._untouched <= self.num_blocks:

@@ -54,7 +54,7 @@ class PagedCache:
         return torch.empty((self._held, self.block_size, *width), dtype=self._dtype, device=self.device)
 
     def _hold(self, blocks: int) -> None:
-        """Make block ids below `blocks` exist. Doubling keeps the copies cheap; layer after layer, so that one layer is held twice."""
+        """Make block ids below `blocks` exist. Doubling keeps copies cheap; layer after layer, so that one layer is held twice."""
         if blocks <= self._held:
             return
         old, self._held = self._held, min(max(blocks, 2 * self._held, 16), self.num_blocks + 1)

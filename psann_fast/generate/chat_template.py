@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any, Sequence
 
-# What `psann-fast chat` uses where no template is given: a plain transcript. A model answers well only if it was trained on such text.
+# For `psann-fast chat` without a template: a plain transcript. A model answers well only if it was trained on such text.
 TRANSCRIPT = "{% for m in messages %}{{ m.role|capitalize }}: {{ m.content }}\n{% endfor %}Assistant:"
 TRANSCRIPT_STOP = "\nUser:"
 

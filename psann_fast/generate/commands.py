@@ -32,24 +32,39 @@ def add_to(commands: Any, add_model: Callable[[argparse.ArgumentParser], None]) 
     chat.set_defaults(run=_chat)
     add_model(chat)
     chat.add_argument("--system", metavar="TEXT", help="a first message of the role system")
-    chat.add_argument("--template", metavar="FILE", help="Jinja chat template (default: a transcript, 'User: ...', 'Assistant: ...')")
+    chat.add_argument(
+        "--template", metavar="FILE", help="Jinja chat template (default: a transcript, 'User: ...', 'Assistant: ...')"
+    )
     _add_fields(chat, SamplingParams, EngineOptions)
 
-    serve = commands.add_parser("serve", help="serve a model over HTTP, in OpenAI's protocol", description="Routes: /v1/completions, "
-                                "/v1/chat/completions (with --template), /v1/models, /health, /metrics, and a page at /.")  # fmt: skip
+    serve = commands.add_parser("serve", help="serve a model over HTTP, in OpenAI's protocol", description="Routes: "
+                                "/v1/completions, /v1/chat/completions (with --template), /v1/models, /health, "
+                                "/metrics, a page at /.")  # fmt: skip
     serve.set_defaults(run=_serve)
     add_model(serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     serve.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
     serve.add_argument("--name", help="the model's name to clients (default: its folder's)")
-    serve.add_argument("--api-key-file", metavar="FILE", help=f"clients must send this key (default: ${API_KEY_VARIABLE}; without one, all are served)")
+    serve.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help=f"clients must send this key (default: ${API_KEY_VARIABLE}; without one, all are served)",
+    )
     serve.add_argument("--template", metavar="FILE", help="Jinja chat template; without one there is no chat route")
-    serve.add_argument("--cache-tokens", type=int, metavar="N", help="tokens that the cache holds at most (default: from free memory)")
+    serve.add_argument(
+        "--cache-tokens", type=int, metavar="N", help="tokens that the cache holds at most (default: from free memory)"
+    )
     serve.add_argument("--max-rows", type=int, default=64, metavar="N", help="texts written at once (default: 64)")
-    serve.add_argument("--max-waiting", type=int, default=256, metavar="N", help="texts that may wait besides; then 429 (default: 256)")
-    serve.add_argument("--max-tokens", type=int, default=1 << 15, metavar="N", help="tokens that one text may ask for (default: 32768)")
+    serve.add_argument(
+        "--max-waiting", type=int, default=256, metavar="N", help="texts that may wait besides; then 429 (default: 256)"
+    )
+    serve.add_argument(
+        "--max-tokens", type=int, default=1 << 15, metavar="N", help="tokens that one text may ask for (default: 32768)"
+    )
     serve.add_argument("--max-body-bytes", type=int, default=1 << 20, metavar="N", help="size of a request (default: 1 MB)")
-    serve.add_argument("--drain-seconds", type=float, default=30.0, metavar="S", help="for running texts after SIGTERM (default: 30)")
+    serve.add_argument(
+        "--drain-seconds", type=float, default=30.0, metavar="S", help="for running texts after SIGTERM (default: 30)"
+    )
     _add_fields(serve, EngineOptions)
 
 
@@ -126,7 +141,9 @@ def _serve(options: argparse.Namespace) -> int:
             raise ValueError(f"--api-key-file {options.api_key_file} is empty; write the key into it")
     for name in ("max_rows", "max_waiting", "max_tokens", "max_body_bytes"):
         if getattr(options, name) < (0 if name == "max_waiting" else 1):
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {0 if name == 'max_waiting' else 1}")
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {0 if name == 'max_waiting' else 1}"
+            )
     model = psannLM.load(options.model, backend=options.backend, device=options.device)
     serve(
         model, options.name or Path(options.model).resolve().name, host=options.host, port=options.port, api_key=key or None,

@@ -228,7 +228,9 @@ class Engine:
             known = len(request.given_logprobs) + 1  # after a preemption some are there already
             first = max(first, known)
             if request.prompt_logprobs and first <= last:
-                logits = self.decoder.logits(hidden[offset + first - 1 - work.begin : offset + last - work.begin])[:, : self.vocab_size]
+                logits = self.decoder.logits(hidden[offset + first - 1 - work.begin : offset + last - work.begin])[
+                    :, : self.vocab_size
+                ]
                 request.given_logprobs += token_logprobs(logits, request.tokens[first : last + 1], request.logprobs or 0)
             offset += work.end - work.begin
 
@@ -296,8 +298,8 @@ def too_long(request: Request, tokens: int, where: str) -> str:
     room = tokens - request.prompt_length + 1
     remedy = f"pass max_new_tokens of at most {room}" if room > 0 else f"shorten the prompt to less than {tokens + 1} tokens"
     return (
-        f"max_new_tokens is {request.params.max_new_tokens} after a prompt of {request.prompt_length} tokens: that needs a cache of "
-        f"{request.longest} tokens, and {where} {max(tokens, 0)}; {remedy}"
+        f"max_new_tokens is {request.params.max_new_tokens} after a prompt of {request.prompt_length} tokens: that needs a cache "
+        f"of {request.longest} tokens, and {where} {max(tokens, 0)}; {remedy}"
     )
 
 
@@ -319,9 +321,10 @@ def tokens_that_fit(module: torch.nn.Module) -> int:
 def run(
     module: torch.nn.Module, requests: Several[Request], eos_id: int, vocab_size: int, options: EngineOptions = EngineOptions()
 ) -> Iterator[tuple[Request, str]]:
-    """Advance all requests to their ends; yields (request, new text) as text becomes certain, finish_reason set with the last piece.
+    """Advance all requests to their ends; yields (request, new text) as text becomes certain.
 
-    Raises ValueError, at once, for a request that does not fit into memory, or an id that the model does not know.
+    finish_reason is set with the last piece. Raises ValueError, at once, for a request that does not fit into memory,
+    or an id that the model does not know.
     """
     if not requests:
         return iter(())

@@ -1,8 +1,8 @@
 """The step of our own bases on a CPU, as a plain sequence of native kernels.
 
 With one text the time of a step is that of reading the weights once, so what stands between two kernels must cost little: here
-that is one call by address into buffers made once for each number of rows, about 2 us, where a module's forward, the registry and an
-op's checks take 10 to 20. Read models/layers.py first: this is the same computation, and a test compares the two.
+that is one call by address into buffers made once for each number of rows, about 2 us, where a module's forward, the registry and
+an op's checks take 10 to 20. Read models/layers.py first: this is the same computation, and a test compares the two.
 
 Residual additions ride on the norms that follow them. Matrices may be held in bfloat16 or int8 (EngineOptions.weights); more than
 MAX_ROWS rows are a matter for torch's matrix product, with the same rounded weights in float32, made when they are first needed.
@@ -47,7 +47,8 @@ def refuses(module: nn.Module) -> str | None:
             return f"a block was given other parts than it was built with: {', '.join(part.__name__ for part in parts)}"
     dtypes = {(p.dtype, p.device.type) for p in module.parameters()}
     if len(dtypes) > 1 or not dtypes <= {(dtype, "cpu") for dtype in TYPES}:
-        return f"the weights are {', '.join(sorted(f'{d} on {where}' for d, where in dtypes))}; it serves one of float32, bfloat16 and float16 on a CPU"
+        found = ", ".join(sorted(f"{dtype} on {where}" for dtype, where in dtypes))
+        return f"the weights are {found}; it serves one of float32, bfloat16 and float16 on a CPU"
     if module.config.backend not in ("auto", "native"):
         return f"the model was made with backend={module.config.backend!r}"
     if module.config.wave_kernel > NATIVE.wave_conv_max_taps:
@@ -95,7 +96,7 @@ class Matrix:
 
 
 def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """oneDNN's product with a weight in blocks: for 16 and 32 rows it takes 0.6 and 0.7 of the time of a plain one (2048 x 512, AVX2)."""
+    """oneDNN's product with a weight in blocks: 0.6 of a plain one's time for 16 rows, 0.7 for 32 (2048 x 512, AVX2)."""
     y.copy_(torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
 
 
@@ -143,7 +144,14 @@ class Wave:
             pool.index_copy_(0, view.slot_mapping, n)
         rows, features = n.shape
         numbers = (rows, features, self._kernel, self._dilation, len(view.seq_lens), 0, features, TYPES[n.dtype], self.sine.mode)
-        pointers = (n.data_ptr(), address(state), self._taps.data_ptr(), self._bias.data_ptr(), *self.sine.pointers, view.cu_seqlens.data_ptr())
+        pointers = (
+            n.data_ptr(),
+            address(state),
+            self._taps.data_ptr(),
+            self._bias.data_ptr(),
+            *self.sine.pointers,
+            view.cu_seqlens.data_ptr(),
+        )
         NATIVE.wave_conv_forward((*pointers, *numbers), y.data_ptr(), torch.get_num_threads())
 
 

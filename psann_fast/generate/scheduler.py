@@ -250,7 +250,8 @@ class Scheduler:
         if end > len(tokens):
             return False
         return any(
-            other.shares and other.cached < end <= len(other.tokens) and other.tokens[:end] == tokens[:end] for other in self.running
+            other.shares and other.cached < end <= len(other.tokens) and other.tokens[:end] == tokens[:end]
+            for other in self.running
         )
 
     def _begun_by_another(self, tokens: list[int], blocks: list[int]) -> int | None:

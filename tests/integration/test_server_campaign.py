@@ -21,15 +21,23 @@ from serving import running, small_server  # noqa: E402
 from test_server import wait_until_free  # noqa: E402
 
 FIELDS = (
-    "model prompt messages max_tokens max_completion_tokens temperature top_p top_k min_p repetition_penalty n stream stream_options logprobs "
-    "top_logprobs echo stop seed user suffix best_of logit_bias presence_penalty frequency_penalty tools response_format nonsense"
+    "model prompt messages max_tokens max_completion_tokens temperature top_p top_k min_p repetition_penalty n stream "
+    "stream_options logprobs top_logprobs echo stop seed user suffix best_of logit_bias presence_penalty frequency_penalty tools "
+    "response_format nonsense"
 ).split()
 VALUES = [
-    None, True, False, 0, 1, 2, 3, 5, -1, 0.0, 0.5, 1.5, 1e308, -0.0, 1 << 62, 1 << 63, 10**30, "", "small", "x", "hello world", "\x00", "\u00e9\U0001f600",
-    "\ud800", "x" * 3000, [], {}, [""], ["a", "b"], [1, 2, 3], [[1], [2, 3]], [0], [257], [258], [-1], [1 << 70], ["x"] * 100, [[]], {"include_usage": True},
+    None, True, False, 0, 1, 2, 3, 5, -1, 0.0, 0.5, 1.5, 1e308, -0.0, 1 << 62, 1 << 63, 10**30, "", "small", "x", "hello world",
+    "\x00", "\u00e9\U0001f600", "\ud800", "x" * 3000, [], {}, [""], ["a", "b"], [1, 2, 3], [[1], [2, 3]], [0], [257], [258], [-1], 
+    [1 << 70],
+    ["x"] * 100, [[]],
+    {"include_usage": True},
     [{"role": "user", "content": "hi"}], [{"role": "user", "content": ["hi"]}], {"type": "text"}, {"a": {"b": [{}]}}, [None],
 ]  # fmt: skip
-PATHS = ["/v1/completions"] * 12 + ["/v1/chat/completions"] * 4 + ["/", "/health", "/metrics", "/v1/models", "/v1/models/x/../y", "/v1", "/\x7f%00", "/v1/completions/"]
+PATHS = (
+    ["/v1/completions"] * 12
+    + ["/v1/chat/completions"] * 4
+    + ["/", "/health", "/metrics", "/v1/models", "/v1/models/x/../y", "/v1", "/\x7f%00", "/v1/completions/"]
+)
 # What a server may say to nonsense. 499 is never seen by a client.
 ALLOWED = {200, 307, 400, 404, 405, 413, 429}
 
@@ -92,7 +100,12 @@ def visit(address: str, seed: int) -> str:
     host = address.removeprefix("http://")
     connection = http.client.HTTPConnection(host, timeout=60)
     draw = choose.random()
-    body = dict(prompt="shared beginning " * choose.randint(0, 3) + str(seed), max_tokens=choose.randint(1, 12), seed=seed, stream=choose.random() < 0.5)
+    body = dict(
+        prompt="shared beginning " * choose.randint(0, 3) + str(seed),
+        max_tokens=choose.randint(1, 12),
+        seed=seed,
+        stream=choose.random() < 0.5,
+    )
     if draw < 0.01:
         connection.request("POST", "/v1/completions", b" " * (Limits().body_bytes + 1))
         wanted, name = 413, "oversize"

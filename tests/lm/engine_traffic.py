@@ -22,7 +22,12 @@ KINDS = [("respsann", "rope"), ("waveresnet", "rope"), ("waveresnet", "alibi"), 
 def module_of(base: str, positions: str, dtype: torch.dtype = torch.float64, backend: str = "torch"):
     """Logits spread enough that a text is neither noise nor one token."""
     module = tiny(
-        base=base, positional_encoding=positions, n_kv_heads=1, vocab_size=TOKENIZER.vocab_size, wave_dilations=(1, 3), backend=backend
+        base=base,
+        positional_encoding=positions,
+        n_kv_heads=1,
+        vocab_size=TOKENIZER.vocab_size,
+        wave_dilations=(1, 3),
+        backend=backend,
     )
     with torch.no_grad():
         module.lm_head.weight.mul_(4)
@@ -83,7 +88,9 @@ class Traffic:
         beginnings = [[choose.randrange(40) for _ in range(choose.randint(1, 40))] for _ in range(3)]
         waiting = []
         for _ in range(count):
-            tokens = choose.choice(beginnings)[: choose.choice((1, 16, 31, 32, 33, 40))] + [choose.randrange(12) for _ in range(choose.choice((0, 0, 1, 5, 20)))]
+            tokens = choose.choice(beginnings)[: choose.choice((1, 16, 31, 32, 33, 40))] + [
+                choose.randrange(12) for _ in range(choose.choice((0, 0, 1, 5, 20)))
+            ]
             waiting.append((tokens, random_params(choose)))
         self.counts: Counter[str] = Counter()
         self.done: list[tuple[list[int], Request]] = []

@@ -1,4 +1,4 @@
-"""A cache without numbers: it remembers which text's prefix each slot holds, and fails where the scheduler reads or writes a wrong one.
+"""A cache without numbers: it remembers which text's prefix each slot holds, and fails where a wrong one is read or written.
 
 A slot is right for token t of a text if what was written there was token t of a text with the same first t + 1 tokens.
 """
@@ -132,7 +132,9 @@ class Shadow:
         assert len(set(pool._serial.values())) == len(pool._serial)
         rows = [s.row for s in scheduler.running]
         assert sorted(rows + scheduler._rows) == list(range(scheduler.max_rows))
-        assert all(s.state is RUNNING for s in scheduler.running) and all(s.state is WAITING and not s.blocks for s in scheduler.waiting)
+        assert all(s.state is RUNNING for s in scheduler.running) and all(
+            s.state is WAITING and not s.blocks for s in scheduler.waiting
+        )
         order = {s: i for i, s in enumerate(self.sequences)}
         arrivals = [order[s] for s in [*scheduler.running, *scheduler.waiting]]
         assert arrivals == sorted(arrivals) and len(arrivals) == len(self.sequences), "not first come, first served"

@@ -24,7 +24,9 @@ def told(monkeypatch):
 def test_generate_says_how_long_it_took(told, capsys):
     assert cli.main(["generate", "anywhere", "--prompt", "a:"]) == 0
     out, err = capsys.readouterr()
-    assert out == "a:123\n" and re.search(r"\[5 tokens in [\d.]+ s, \d+ tokens/s; the first [\d.]+ s after a prompt of 2; ended by eos\]", err)
+    assert out == "a:123\n" and re.search(
+        r"\[5 tokens in [\d.]+ s, \d+ tokens/s; the first [\d.]+ s after a prompt of 2; ended by eos\]", err
+    )
 
 
 def test_chat_keeps_the_conversation(told, capsys, monkeypatch):

@@ -36,7 +36,10 @@ def test_a_request_gets_the_text_that_it_would_get_alone():
         assert not traffic.differences()
         total += traffic.counts
     share = {name: total[name] / total["requests"] for name in ("preempted", "reusing", "chunked")}
-    assert share["preempted"] >= 0.05 and share["reusing"] >= 0.2 and share["chunked"] >= 0.2 and total["confirmed"] > 5, (share, total)
+    assert share["preempted"] >= 0.05 and share["reusing"] >= 0.2 and share["chunked"] >= 0.2 and total["confirmed"] > 5, (
+        share,
+        total,
+    )
 
 
 # 20,000 requests are 667 cases.
@@ -101,7 +104,9 @@ def test_a_copy_that_is_left_out_is_found(monkeypatch):
     engine.step()
     engine.add(second)
     finish(engine)
-    assert second.tokens != alone(module, prompt, second.params).tokens or first.tokens != alone(module, prompt, first.params).tokens
+    assert (
+        second.tokens != alone(module, prompt, second.params).tokens or first.tokens != alone(module, prompt, first.params).tokens
+    )
 
 
 def test_samples_of_one_prompt():
@@ -114,7 +119,9 @@ def test_samples_of_one_prompt():
     finish(engine)
     assert [s.tokens for s in samples] == [alone(module, prompt, s.params).tokens for s in samples]
     assert len({tuple(s.tokens) for s in samples}) > 1
-    assert [s.sequence.reused for s in samples] == [0, 44, 44, 44, 44], "all but the last prompt token comes from the first one's blocks"
+    assert [s.sequence.reused for s in samples] == [0, 44, 44, 44, 44], (
+        "all but the last prompt token comes from the first one's blocks"
+    )
 
 
 def test_a_prefix_is_computed_once_for_all():
@@ -154,8 +161,16 @@ def test_guesses_change_no_text(base):
         engine.add(request)
         finish(engine)
         expected = alone(module, prompt, params)
-        assert (request.tokens, request.text.text, request.finish_reason) == (expected.tokens, expected.text.text, expected.finish_reason)
-        confirmed, steps, drawn = confirmed + engine.counts["confirmed_tokens"], steps + engine.counts["steps"], drawn + engine.counts["drawn_tokens"]
+        assert (request.tokens, request.text.text, request.finish_reason) == (
+            expected.tokens,
+            expected.text.text,
+            expected.finish_reason,
+        )
+        confirmed, steps, drawn = (
+            confirmed + engine.counts["confirmed_tokens"],
+            steps + engine.counts["steps"],
+            drawn + engine.counts["drawn_tokens"],
+        )
     assert confirmed > 5 and steps < drawn
 
 
@@ -184,7 +199,10 @@ def test_logprobs_are_those_of_the_whole_pass():
 def test_prompt_logprobs_survive_a_preemption():
     module = module_of("respsann", "rope")
     engine = engine_for(module, 96, max_rows=3, chunk=16)
-    requests = [request_of([i] * 30, SamplingParams(max_new_tokens=30, temperature=0, seed=0), logprobs=0, prompt_logprobs=True) for i in range(3)]
+    requests = [
+        request_of([i] * 30, SamplingParams(max_new_tokens=30, temperature=0, seed=0), logprobs=0, prompt_logprobs=True)
+        for i in range(3)
+    ]
     for request in requests:
         engine.add(request)
     finish(engine)
@@ -214,7 +232,10 @@ def test_a_cancelled_requests_blocks_are_free_at_once():
 
 def test_what_can_never_fit_is_refused():
     engine = engine_for(module_of("respsann", "rope"), 64)
-    with pytest.raises(ValueError, match="max_new_tokens is 60 after a prompt of 10 tokens: .* cache of 69 tokens, and the cache holds 64; pass max_new_tokens of at most 55"):
+    with pytest.raises(
+        ValueError,
+        match="is 60 after a prompt of 10 tokens: .* cache of 69 tokens, and the cache holds 64; pass max_new_tokens of at most 55",
+    ):
         engine.add(request_of([1] * 10, SamplingParams(max_new_tokens=60, seed=0)))
     engine.add(request_of([1] * 10, SamplingParams(max_new_tokens=55, temperature=0, seed=0)))
     finish(engine)
@@ -242,7 +263,9 @@ NATIVE = pytest.mark.skipif(native_decoder.NATIVE is None, reason=f"native: {nat
 
 def step_logits(decoder, module, rows: list[list[int]], cuts) -> torch.Tensor:
     cache = PagedCache(module, 20, 4, len(rows))
-    sequences = [Sequence([], 0, blocks=list(range(1 + row, 1 + row + 4 * len(rows), len(rows))), row=row) for row in range(len(rows))]
+    sequences = [
+        Sequence([], 0, blocks=list(range(1 + row, 1 + row + 4 * len(rows), len(rows))), row=row) for row in range(len(rows))
+    ]
     logits = []
     with torch.inference_mode():
         for begin, end in cuts:

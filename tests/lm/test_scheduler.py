@@ -21,7 +21,10 @@ class Machine(RuleBasedStateMachine):
     """Any order of arrivals, steps with guesses, and cancellations; few blocks, so that preemption is the rule."""
 
     @initialize(
-        num_blocks=st.integers(1, 12), block_size=st.sampled_from([1, 2, 4, 8]), max_rows=st.integers(1, 4), chunk=st.sampled_from([1, 3, 8, 50])
+        num_blocks=st.integers(1, 12),
+        block_size=st.sampled_from([1, 2, 4, 8]),
+        max_rows=st.integers(1, 4),
+        chunk=st.sampled_from([1, 3, 8, 50]),
     )
     def begin(self, num_blocks, block_size, max_rows, chunk):
         self.shadow = shadow(num_blocks, block_size, max_rows, chunk)

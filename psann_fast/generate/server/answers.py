@@ -60,7 +60,7 @@ class Choice:
         return {"content": [self._chat_token(report) for report in self._new_logprobs(drawn)]}
 
     def _new_logprobs(self, drawn: int | None) -> list[TokenLogprob]:
-        """Reports of tokens that were not given yet, up to `drawn` of them in all; the end of the document is no token of the text."""
+        """Reports that were not given yet, of the first `drawn` tokens; the end of the document is no token of the text."""
         if self.request.logprobs is None:
             return []
         reports = self.request.drawn_logprobs[self.reported : drawn]

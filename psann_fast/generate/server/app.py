@@ -29,6 +29,10 @@ from .metrics import Metrics
 from .protocol import Asked, BadRequest, Limits, parse
 
 PAGE = Path(__file__).with_name("page.html")
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'"
+)
 GONE = 499  # nobody reads it; the metrics count it
 RETRY_AFTER = "1"  # seconds; a place in the queue comes free with every text that ends
 
@@ -86,8 +90,7 @@ class Server:
 
     async def _page(self, request: HttpRequest) -> Response:
         page = PAGE.read_text(encoding="utf-8").replace("{{model}}", json.dumps(self.name).replace("<", "\\u003c"))
-        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'"
-        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
+        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
 
     async def _health(self, request: HttpRequest) -> Response:
         if self.serving.failure is not None:
@@ -175,7 +178,9 @@ class Server:
             leaving.cancel()
             collecting.cancel()
             stream.cancel()
-        return JSONResponse({**form.head(False), "choices": [form.whole(choice) for choice in choices], "usage": usage(choices, prompts)})
+        return JSONResponse(
+            {**form.head(False), "choices": [form.whole(choice) for choice in choices], "usage": usage(choices, prompts)}
+        )
 
     async def _collect(self, stream: Stream, choices: list[Choice], began: float) -> None:
         is_first = True
@@ -242,7 +247,12 @@ class ChatCompletions(Completions):
 
     def whole(self, choice: Choice) -> Json:
         message = {"role": "assistant", "content": choice.text}
-        return {"index": choice.index, "message": message, "logprobs": choice.chat_logprobs(None), "finish_reason": choice.finish_reason}
+        return {
+            "index": choice.index,
+            "message": message,
+            "logprobs": choice.chat_logprobs(None),
+            "finish_reason": choice.finish_reason,
+        }
 
     def openings(self, choice: Choice) -> list[Json]:
         return [{"index": choice.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}]
@@ -250,7 +260,12 @@ class ChatCompletions(Completions):
     def piece(self, choice: Choice, piece: Any) -> Json:
         choice.take(piece)
         delta = {"content": piece.text} if piece.text else {}
-        return {"index": choice.index, "delta": delta, "logprobs": choice.chat_logprobs(piece.drawn), "finish_reason": choice.finish_reason}
+        return {
+            "index": choice.index,
+            "delta": delta,
+            "logprobs": choice.chat_logprobs(piece.drawn),
+            "finish_reason": choice.finish_reason,
+        }
 
 
 def _event(content: Json) -> bytes:

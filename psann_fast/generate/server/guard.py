@@ -36,7 +36,11 @@ class Guard:
             await send(message)
 
         if self._key is not None and scope["path"] != "/health" and not self._has_key(scope):
-            body = error_body("the API key is missing or wrong; send it as 'Authorization: Bearer KEY'", "authentication_error", code="invalid_api_key")
+            body = error_body(
+                "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
+                "authentication_error",
+                code="invalid_api_key",
+            )
             refusal = JSONResponse(body, 401, {"WWW-Authenticate": 'Basic realm="psann-fast", charset="UTF-8"'})
             await refusal(scope, receive, counted)
             return

@@ -95,8 +95,14 @@ def parse(body: bytes, is_chat: bool, limits: Limits) -> Asked:
         raise BadRequest(f"n is {n} for {len(prompts)} prompts; at most {limits.choices} texts are written for one request", "n")
     stream = _flag(fields, "stream")
     options = get("stream_options", {})
-    if not isinstance(options, dict) or set(options) - {"include_usage"} or not isinstance(options.get("include_usage", False), bool):
-        raise BadRequest(f"stream_options is {_short(options)}; it must be an object with include_usage, true or false", "stream_options")
+    if (
+        not isinstance(options, dict)
+        or set(options) - {"include_usage"}
+        or not isinstance(options.get("include_usage", False), bool)
+    ):
+        raise BadRequest(
+            f"stream_options is {_short(options)}; it must be an object with include_usage, true or false", "stream_options"
+        )
     if options and not stream:
         raise BadRequest("stream_options is given without stream; leave it out, or set stream to true", "stream_options")
     user = get("user", "")
@@ -152,7 +158,9 @@ def _messages(messages: Any) -> list[dict[str, str]]:
     for index, message in enumerate(messages):
         is_plain = isinstance(message, dict) and set(message) == {"role", "content"}
         if not is_plain or not all(isinstance(value, str) for value in message.values()):
-            raise BadRequest(f"messages[{index}] is {_short(message)}; it must be an object of role and content, both strings", "messages")
+            raise BadRequest(
+                f"messages[{index}] is {_short(message)}; it must be an object of role and content, both strings", "messages"
+            )
     return messages
 
 

@@ -46,7 +46,12 @@ def serve(
     if not 16 <= cache_tokens <= fits:
         raise ValueError(f"cache_tokens is {cache_tokens}; it must be from 16 to {fits}, which is what free memory holds")
     engine = Engine(
-        model.module, model.tokenizer.eos_id, model.tokenizer.vocab_size, cache_tokens=cache_tokens, max_rows=max_rows, options=options
+        model.module,
+        model.tokenizer.eos_id,
+        model.tokenizer.vocab_size,
+        cache_tokens=cache_tokens,
+        max_rows=max_rows,
+        options=options,
     )
     server = Server(
         engine, model.tokenizer, name, limits=limits, max_waiting=max_waiting, api_key=api_key, template=template,
