@@ -6,15 +6,18 @@ Every op takes `backend="auto" | "triton" | "native" | "torch"`; `explain("dampe
 from . import damped_sine as _damped_sine
 from . import layers
 from . import linear as _linear
+from . import linear_cross_entropy as _linear_cross_entropy
+from . import linear_cross_entropy_chunks as _linear_cross_entropy_chunks  # noqa: F401 (backend "torch" registers itself)
 from . import paged_attention as _paged_attention
 from . import rms_norm as _rms_norm
 from . import rope_attention as _rope_attention
 from . import wave_conv as _wave_conv
 from .damped_sine import damped_sine
 from .paged_attention import paged_append, paged_attention
-from .modules import DampedSine, DampedSineMLP, RMSNorm, RotaryAttention, WaveConv
+from .modules import DampedSine, DampedSineMLP, LinearCrossEntropy, RMSNorm, RotaryAttention, WaveConv
 from .paged_cache import PagedKVCache, PagedStep
 from .linear import linear
+from .linear_cross_entropy import linear_cross_entropy
 from .native import attach as attach_native
 from .registry import BACKENDS, OPS, BackendError, attach, explain
 from .rms_norm import rms_norm
@@ -27,6 +30,7 @@ attach(
     "triton",
     {
         "damped_sine_triton": (_damped_sine.OP,),
+        "linear_cross_entropy_triton": (_linear_cross_entropy.OP,),
         "paged_attention_triton": (_paged_attention.APPEND, _paged_attention.ATTENTION),
         "rms_norm_triton": (_rms_norm.OP,),
         "rope_attention_triton": (_rope_attention.OP,),
@@ -49,6 +53,7 @@ __all__ = [
     "BackendError",
     "DampedSine",
     "DampedSineMLP",
+    "LinearCrossEntropy",
     "OPS",
     "PagedKVCache",
     "PagedStep",
@@ -59,6 +64,7 @@ __all__ = [
     "explain",
     "layers",
     "linear",
+    "linear_cross_entropy",
     "paged_append",
     "paged_attention",
     "rms_norm",

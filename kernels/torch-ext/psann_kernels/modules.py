@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .damped_sine import MODES, damped_sine
+from .linear_cross_entropy import REDUCTIONS, linear_cross_entropy
 from .paged_attention import paged_append, paged_attention
 from .paged_cache import PagedStep
 from .registry import OPS, Op, check_backend, for_model
@@ -122,6 +123,62 @@ class DampedSineMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
         return self.fc2(self.act(self.fc1(x)))
+
+
+class LinearCrossEntropy(nn.Module):
+    """The last linear layer of a classifier and its cross-entropy, without the (tokens, classes) matrix of logits.
+
+    features    K, the input's width
+    classes     V
+    bias        whether the layer has one
+    ignore_index, label_smoothing, z_loss, soft_cap, reduction, chunk   as in linear_cross_entropy; label_smoothing and z_loss act
+                only while the module trains
+    backend     "auto", "triton", "native" or "torch"
+
+    State: `weight` (V, K) and `bias` (V,), initialized as nn.Linear's; `loss.weight = embedding.weight` ties it.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        classes: int,
+        *,
+        bias: bool = False,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        soft_cap: float | None = None,
+        reduction: str = "mean",
+        chunk: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_backend(backend, "LinearCrossEntropy")
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"LinearCrossEntropy: reduction is {reduction!r}; choose one of {', '.join(map(repr, REDUCTIONS))}")
+        bound = features**-0.5
+        self.weight = nn.Parameter(torch.empty(classes, features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(classes).uniform_(-bound, bound)) if bias else None
+        self.ignore_index, self.label_smoothing, self.z_loss, self.soft_cap = ignore_index, label_smoothing, z_loss, soft_cap
+        self.reduction, self.chunk, self.backend = reduction, chunk, backend
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        """x (..., K), targets (...) int64 -> the loss, () or targets' shape for reduction "none"."""
+        return linear_cross_entropy(x, self.weight, targets, **self._options(), backend=self.backend)
+
+    def _options(self) -> dict[str, Any]:
+        return dict(
+            bias=self.bias, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing if self.training else 0.0,
+            z_loss=self.z_loss if self.training else 0.0, soft_cap=self.soft_cap, reduction=self.reduction, chunk=self.chunk,
+        )  # fmt: skip
+
+    def example_calls(self) -> ExampleCalls:
+        """The op call that `explain(model)` asks about."""
+        targets = torch.zeros(1, dtype=torch.int64, device=self.weight.device)
+        yield OPS["linear_cross_entropy"], self.backend, (self.weight.new_empty((1, self.weight.shape[1])), self.weight, targets), self._options()
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]}, {len(self.weight)}, reduction={self.reduction!r}, backend={self.backend!r}"
 
 
 class RMSNorm(nn.Module):

@@ -297,7 +297,7 @@ def _serve(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, eps: fl
 def configurations() -> list[Configuration]:
     """What dispatch can choose, at the widths where the tile or the number of warps changes."""
     found = []
-    for dtype, features in (("bf16", 1024), ("fp32", 1024), ("bf16", 96), ("bf16", MAX_TILE), ("fp32", MAX_TILE)):
+    for dtype, features in (("bf16", 1024), ("bf16", 96), ("bf16", MAX_TILE), ("fp32", MAX_TILE)):
         block_r, block_f, num_warps = tile(features)
         for kernel, optional in ((_forward_kernel, "residual_ptr"), (_backward_kernel, "dh_ptr")):
             constants = dict(BLOCK_R=block_r, BLOCK_F=block_f)
