@@ -160,18 +160,19 @@ def next_tokens(logits: Tensor, batch: SamplingBatch, positions: Tensor | None, 
     # Weights relative to the likeliest token's, and their running sums: tokens up to any place in the order.
     weights = torch.exp((logits - logits[:, :1]) / batch.temperature.clamp_min(1e-6).unsqueeze(1))
     edges = weights.cumsum(-1)
-    kept = torch.minimum(batch.top_k, (weights > 0).sum(-1))
+    # A binary search counts the edges before a value. Tokens behind the place where the sum stops growing have no weight at all.
+    count_below = lambda values, right=False: torch.searchsorted(edges, values, right=right)  # noqa: E731 (three uses)
+    kept = torch.minimum(batch.top_k.unsqueeze(1), count_below(edges[:, -1:].contiguous()) + 1)
     if batch.has_top_p:
-        reached = batch.top_p * edges.gather(1, kept.unsqueeze(1) - 1).squeeze(1)
         # What comes before a token decides whether it is kept, so the token that crosses p is.
-        kept = torch.minimum(kept, (edges < reached.unsqueeze(1)).sum(-1) + 1)
+        kept = torch.minimum(kept, count_below(batch.top_p.unsqueeze(1) * edges.gather(1, kept - 1)) + 1)
     if batch.has_min_p:
-        kept = torch.minimum(kept, (weights >= batch.min_p.unsqueeze(1)).sum(-1))
-    draw = uniform(batch.seeds, positions).unsqueeze(1) * edges.gather(1, kept.unsqueeze(1) - 1)
+        kept = torch.minimum(kept, (weights >= batch.min_p.unsqueeze(1)).sum(-1, keepdim=True))
+    draw = uniform(batch.seeds, positions).unsqueeze(1) * edges.gather(1, kept - 1)
     # The first token whose interval ends above the draw; rounding may put the draw on the last edge, so look no further than kept.
-    chosen = torch.minimum((edges <= draw).sum(-1), kept - 1)
-    chosen = torch.where(batch.temperature == 0, 0, chosen)
-    return ids.gather(1, chosen.unsqueeze(1)).squeeze(1)
+    chosen = torch.minimum(count_below(draw, right=True), kept - 1)
+    chosen = torch.where(batch.temperature.unsqueeze(1) == 0, 0, chosen)
+    return ids.gather(1, chosen).squeeze(1)
 
 
 def _descending(logits: Tensor) -> tuple[Tensor, Tensor]:
