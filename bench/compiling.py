@@ -16,7 +16,7 @@ from psann_kernels import BackendError
 from psann_fast.train.loss import LossModule
 
 from . import check, suite
-from .cases import BOTH, FORWARD, Case
+from .case import BOTH, FORWARD, Case
 from .lm import BASES, SIZES, drawn, made
 from .ops import BACKENDS, Bench, compiled, prepared
 

@@ -13,7 +13,8 @@ from psann_kernels.registry import AUTO_ORDER
 from torch import Tensor
 
 from . import check, suite
-from .cases import BACKWARD, FORWARD, Case, Function, cases
+from .case import BACKWARD, FORWARD, Case, Function
+from .cases import cases
 from .timing import Call, Prepared, Times, Yardsticks, copies_beyond
 
 BACKENDS = ("triton", "native", "torch")

@@ -14,7 +14,8 @@ import torch
 from psann_kernels import BackendError
 
 from . import check, suite
-from .cases import Case, cases
+from .case import Case
+from .cases import cases
 
 BACKENDS = ("triton", "native", "torch")
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import suite
-from .cases import Case, Function
+from .case import Case, Function
 from .ops import Bench, Limit, Variant, compiled, measure
 
 # distribution -> the version that the figures we compare with were published for

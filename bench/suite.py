@@ -11,6 +11,8 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import shutil
+import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +51,16 @@ class Report:
 
 def conditions_of(section: str, **choices: Any) -> Row:
     """What every row of a section depends on. `sources` is a checksum, because a changed tree is not named by its commit."""
-    return {"section": section, **conditions(), "sources": _checksum(), **choices}
+    return {"section": section, **conditions(), "cuda": torch.version.cuda, "driver": _driver(), "sources": _checksum(), **choices}
+
+
+def _driver() -> str | None:
+    """NVIDIA's driver version; None without one."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def _checksum() -> str:

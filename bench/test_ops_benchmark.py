@@ -10,7 +10,8 @@ import torch
 from psann_kernels import BackendError
 
 from . import check
-from .cases import Case, cases
+from .case import Case
+from .cases import cases
 from .ops import prepare
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed; pip install pytest-benchmark")

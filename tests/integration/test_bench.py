@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bench import __main__ as command  # noqa: E402 (bench is no installed package)
-from bench import cases, check, device, lease, ops, peers, plots, sections, suite, timing  # noqa: E402
+from bench import cases, cases_attention, check, device, lease, ops, peers, plots, sections, suite, timing  # noqa: E402
 
 CONDITIONS = {"section": "ops", "commit": "abc", "date": "2026-01-01"}
 
@@ -81,6 +81,23 @@ def test_every_tiny_case_is_right_on_the_cpu(tmp_path):
             wrong, share = check.Judge(case).verdict(case.call("torch"))
             assert wrong is None, f"{case.name}: {wrong}"
             assert share <= 1
+
+
+def test_the_gpu_cases_are_those_of_the_targets():
+    """Described, not made: their tensors fill a GPU."""
+    found = [case for case in cases.cases("gpu", torch.device("cpu")) if not isinstance(case, str)]
+    names = [case.name for case in found]
+    assert len(set(names)) == len(names)
+    sine = [case for case in found if case.op == "damped_sine"]
+    assert all(case.bytes["forward"] >= 64 << 20 for case in sine) and {case.dtype for case in sine} == {
+        torch.float32,
+        torch.bfloat16,
+    }
+    headline = next(case for case in found if case.name == "rope_attention B2 T8192 H64/8 D128 causal bfloat16")
+    assert headline.flops["forward"] == 4 * 2 * 64 * 128 * 8192 * 8193 // 2 and headline.crop is not None
+    assert headline.flops["backward"] == headline.flops["forward"] * 5 // 2
+    grid = [case for case in found if case.op == "paged_attention"]
+    assert len(grid) == 32 and max(case.bytes["forward"] for case in grid) < 70e9
 
 
 # -- going on -----------------------------------------------------------------------------------------------------------------
@@ -190,11 +207,11 @@ def test_what_raises_is_a_row_and_a_limit_is_not_checked():
 
 def test_a_part_of_a_large_call_is_judged_like_the_whole():
     """crop at small sizes: the witnesses of a part meet the same part of the results."""
-    whole = next(c for c in cases.paged_attention_cases("parity", torch.device("cpu")) if c.shape.startswith("B3"))
+    whole = next(c for c in cases_attention.paged_attention_cases("parity", torch.device("cpu")) if c.shape.startswith("B3"))
     assert check.Judge(whole).verdict(whole.call("torch"))[0] is None
     shifted = lambda *a: torch.roll(whole.call("torch")(*a), 1, 0)  # noqa: E731
     assert "output 0" in check.Judge(whole).verdict(shifted)[0]
-    attention = cases._attention_case(torch.device("cpu"), 2, 2050, 4, 2, 4, 16, True, torch.float32)
+    attention = cases_attention._attention_case(torch.device("cpu"), 2, 2050, 4, 2, 4, 16, True, torch.float32)
     results = [torch.zeros(2, 2050, heads, 4) for heads in (4, 4, 2, 2)]
     assert [tuple(r.shape) for r in attention.crop_results(results)] == [(1, 2050, 2, 4)] * 2 + [(1, 2050, 1, 4)] * 2
     arguments, gradients = attention.crop(*attention.make(0))
@@ -228,7 +245,8 @@ def test_percentiles_and_copies():
     times = timing.Times([4.0, 1.0, 3.0, 2.0, 5.0], "calls")
     assert (times.median(), times.percentile(0), times.percentile(90)) == (3.0, 1.0, pytest.approx(4.6))
     assert timing.copies_beyond(100, 1) == 64 and timing.copies_beyond(100, 1000) == 2 and timing.copies_beyond(100, 20) == 10
-    assert cases.seen_pairs(5, None) == 15 and cases.seen_pairs(5, 2) == 9 and cases.seen_pairs(5, 9) == 15
+    pairs = cases_attention.seen_pairs
+    assert pairs(5, None) == 15 and pairs(5, 2) == 9 and pairs(5, 9) == 15
 
 
 class FakeCUDA:
