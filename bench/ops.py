@@ -80,7 +80,7 @@ def measure(bench: Bench, case: Case, variants: Mapping[str, Variant]) -> list[s
     """Rows of one case: refusals and wrong results first, then a row for each variant and direction."""
     head = {"op": case.op, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch.")}
     rows: list[suite.Row] = []
-    functions, errors = {}, {}
+    functions, errors, refused = {}, {}, set()
     judge = check.Judge(case)
     for name, variant in variants.items():
         if isinstance(variant, str):
@@ -93,6 +93,7 @@ def measure(bench: Bench, case: Case, variants: Mapping[str, Variant]) -> list[s
             wrong, errors[name] = judge.verdict(variant)
         except BackendError as error:
             rows.append({**head, "backend": name, "refused": str(error)})
+            refused.add(name)
             continue
         except suite.VARIANT_FAILURES as error:
             suite.raise_if_lost(error)
@@ -105,7 +106,7 @@ def measure(bench: Bench, case: Case, variants: Mapping[str, Variant]) -> list[s
     del judge  # and the float64 tensors that it keeps
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()
-    chosen = next((name for name in AUTO_ORDER.get(bench.device.type, ("torch",)) if name in functions), None)
+    chosen = next(name for name in AUTO_ORDER.get(bench.device.type, ("torch",)) if name not in refused)  # right or wrong
     for direction in case.directions:
         racing, failed = prepared(bench, case, direction, functions)
         rows += [{**head, "backend": name, "direction": direction, "failed": why} for name, why in failed.items()]

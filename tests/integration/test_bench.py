@@ -178,6 +178,8 @@ def test_a_wrong_kernel_is_not_timed(direction):
     assert direction in told["wrong"]["wrong"] and "median_ms" not in told["wrong"]
     assert told["absent"]["refused"] == "absent: x 1.0 was sought"
     assert told["torch"]["median_ms"] > 0
+    told = {row["backend"]: row for row in ops.measure(tiny(), case, {"native": wrong, "torch": right})}
+    assert "wrong" in told["native"] and not told["torch"]["is_auto"]  # auto would run the wrong one
 
 
 def test_others_are_timed_a_little_beyond_our_bound_and_ours_are_not():
