@@ -7,7 +7,7 @@ rotation compare the attention alone. A library that is missing is reported by n
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Any, Callable, Iterator
+from typing import Callable, Iterator
 
 import torch
 from psann_kernels import rotate
@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import suite
 from .case import Case, Function
-from .ops import Bench, Limit, Variant, compiled, measure
+from .ops import Bench, Limit, Planned, Variant, compiled, measure
+from .timing import Call
 
 # distribution -> the version that the figures we compare with were published for
 SOUGHT = {"liger-kernel": "0.8.5", "fla-core": "0.6.0", "flashinfer-python": "0.6.6", "cut-cross-entropy": "25.1.1"}
@@ -115,59 +116,53 @@ def _flex(bench: Bench, case: Case) -> Variant:
 
 
 def _dense(bench: Bench, case: Case) -> Variant:
-    """SDPA over keys that somebody gathered for free: what paging may cost. Whose keys, is remembered by the cache's address."""
+    """SDPA over keys that somebody gathered for free: what paging may cost."""
     new, length, blocks = case.facts["new"], case.facts["length"], case.facts["blocks"]
-    gathered: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
 
-    def attend(
+    def plan(
         q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, seq_lens: Tensor, offsets: Tensor, cos: Tensor, sin: Tensor
-    ) -> Tensor:
+    ) -> Call:
         batch = len(table)
-        if k_cache.data_ptr() not in gathered:
-            k, v = (
-                c[table.long()].view(batch, blocks * 16, *c.shape[2:])[:, :length].transpose(1, 2).contiguous()
-                for c in (k_cache, v_cache)
-            )
-            distance = torch.arange(length - new, length, device=q.device).unsqueeze(1) - torch.arange(length, device=q.device)
-            gathered[k_cache.data_ptr()] = (k, v, None if new == 1 else distance >= 0)
-        k, v, mask = gathered[k_cache.data_ptr()]
-        rows = q.view(batch, new, *q.shape[1:])
-        rows = rotate(rows, cos[length - new :], sin[length - new :]).transpose(1, 2)
-        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2).reshape(q.shape)
+        k, v = (
+            c[table.long()].view(batch, blocks * 16, *c.shape[2:])[:, :length].transpose(1, 2).contiguous()
+            for c in (k_cache, v_cache)
+        )
+        position = torch.arange(length, device=q.device)
+        mask = None if new == 1 else position[length - new :].unsqueeze(1) >= position
 
-    return attend
+        def attend() -> Tensor:
+            rows = rotate(q.view(batch, new, *q.shape[1:]), cos[length - new :], sin[length - new :]).transpose(1, 2)
+            return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2).reshape(q.shape)
+
+        return attend
+
+    return Planned(plan)
 
 
 def _flashinfer_decode(bench: Bench, case: Case) -> Variant:
-    """q arrives unrotated at ours and rotated here: flashinfer's rotation is another convention, so its time is without one."""
+    """Its own rotation is of another convention, so q is turned before and its time is without a rotation; so is its plan."""
     import flashinfer
 
     new, length, blocks = case.facts["new"], case.facts["length"], case.facts["blocks"]
-    planned: dict[int, Any] = {}
+    workspace = torch.empty(256 << 20, dtype=torch.uint8, device=bench.device)
 
-    def attend(
+    def plan(
         q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, seq_lens: Tensor, offsets: Tensor, cos: Tensor, sin: Tensor
-    ) -> Tensor:
-        key = k_cache.data_ptr()
-        if key not in planned:
-            batch = len(table)
-            workspace = torch.empty(256 << 20, dtype=torch.uint8, device=q.device)
-            pages = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * blocks
-            last = torch.full((batch,), (length - 1) % 16 + 1, dtype=torch.int32, device=q.device)
-            sizes = (q.shape[1], k_cache.shape[2], q.shape[2], 16)
-            if new == 1:
-                wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
-                wrapper.plan(pages, table.flatten(), last, *sizes, q_data_type=q.dtype, kv_data_type=q.dtype)
-            else:
-                wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
-                wrapper.plan(offsets, pages, table.flatten(), last, *sizes, causal=True, q_data_type=q.dtype, kv_data_type=q.dtype)
-            position = torch.arange(length - new, length, device=q.device)
-            turned = rotate(q.view(batch, new, *q.shape[1:]), cos[position], sin[position]).reshape(q.shape)
-            planned[key] = (wrapper, turned)
-        wrapper, turned = planned[key]
-        return wrapper.run(turned, (k_cache, v_cache))
+    ) -> Call:
+        batch = len(table)
+        pages = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * blocks
+        last = torch.full((batch,), (length - 1) % 16 + 1, dtype=torch.int32, device=q.device)
+        sizes = (q.shape[1], k_cache.shape[2], q.shape[2], 16)
+        if new == 1:
+            wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+            wrapper.plan(pages, table.flatten(), last, *sizes, q_data_type=q.dtype, kv_data_type=q.dtype)
+        else:
+            wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+            wrapper.plan(offsets, pages, table.flatten(), last, *sizes, causal=True, q_data_type=q.dtype, kv_data_type=q.dtype)
+        turned = rotate(q.view(batch, new, *q.shape[1:]), cos[length - new :], sin[length - new :]).reshape(q.shape)
+        return lambda: wrapper.run(turned, (k_cache, v_cache))
 
-    return attend
+    return Planned(plan)
 
 
 # -- rows and losses ----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psann_kernels
 import pytest
 import torch
 
@@ -359,12 +360,60 @@ def test_absent_peers_are_named_and_present_ones_run(monkeypatch):
 
 
 def test_peers_of_attention_and_paging_compute_the_op():
+    checked = set()
     for name in ("rope_attention", "paged_attention"):
         case = only_case(name)
         judge = check.Judge(case)
         for peer, variant in peers.variants(tiny(), case).items():
             if peer in ("sdpa flash", "sdpa, keys gathered before"):
                 assert judge.verdict(variant)[0] is None, f"{name}: {peer}"
+                checked.add(peer)
+    assert checked == {"sdpa flash", "sdpa, keys gathered before"}
+
+
+@pytest.mark.parametrize("number", [0, 2], ids=["decode", "prefill"])
+def test_flashinfer_is_told_the_same_call(monkeypatch, number):
+    """A stand-in with the documented arguments, which must give the op's own result."""
+
+    class Wrapper:
+        def __init__(self, workspace, layout, **options):
+            assert layout == "NHD" and workspace.dtype == torch.uint8
+
+        def run(self, q, caches):
+            pages, indices, last = self.pages
+            seq_lens = (pages[1:] - pages[:-1] - 1) * 16 + last
+            table = indices.view(len(last), -1)
+            offsets = torch.arange(len(last) + 1, dtype=torch.int32) if self.offsets is None else self.offsets
+            return psann_kernels.paged_attention(q, *caches, table, seq_lens, offsets, backend="torch")
+
+    class Decode(Wrapper):
+        def plan(self, pages, indices, last, heads, kv_heads, head_dim, page, *, q_data_type, kv_data_type):
+            assert page == 16 and heads % kv_heads == 0
+            self.offsets, self.pages = None, (pages, indices, last)
+
+    class Prefill(Wrapper):
+        def plan(self, offsets, pages, indices, last, heads, kv_heads, head_dim, page, *, causal, q_data_type, kv_data_type):
+            assert causal and page == 16
+            self.offsets, self.pages = offsets, (pages, indices, last)
+
+    fake = SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=Decode, BatchPrefillWithPagedKVCacheWrapper=Prefill)
+    monkeypatch.setitem(sys.modules, "flashinfer", fake)
+    monkeypatch.setattr(peers, "installed", lambda name: "0.6.6" if name == "flashinfer-python" else None)
+    case = list(cases_attention.paged_attention_cases("parity", torch.device("cpu")))[number]
+    assert case.facts["new"] == (1 if number == 0 else 8)
+    assert check.Judge(case).verdict(peers.variants(tiny(), case)["flashinfer"])[0] is None
+
+
+def test_a_plan_is_not_timed():
+    planned = []
+
+    def plan(x):
+        planned.append(x)
+        return lambda: x + len(planned)
+
+    call = ops.prepare(ops.Planned(plan), "forward", 0, [torch.zeros(1)], [])
+    assert call() == 1 and call() == 1 and len(planned) == 1
+    assert ops.Planned(plan)(torch.zeros(1)) == 2
 
 
 @pytest.mark.parametrize("status, key", [(0, "right"), (86, "wrong"), (3, "failed")])
