@@ -329,6 +329,21 @@ def test_gpu_times_come_from_graphs_or_say_why_not(refuses, seconds, how):
     assert cuda.replays == (0 if refuses else 2 + 14) and cuda.synchronized == (2 if refuses else 0)
 
 
+def test_rows_of_a_gpu(monkeypatch):
+    """The whole way from a case to its rows with a GPU's timer; the tensors are a CPU's, and every graph takes 20 ms."""
+    cuda = FakeCUDA()
+    replay = cuda.CUDAGraph.replay
+    monkeypatch.setattr(cuda.CUDAGraph, "replay", lambda graph: (replay(graph), setattr(cuda, "now", cuda.now + 0.02)))
+    bench = ops.Bench(torch.device("cpu"), "tiny", timing.CUDATimer(rounds=5, cuda=cuda), has_compile=False)
+    case = only_case("rope_attention")
+    rows = [row for row in ops.measure(bench, case, {"torch": case.call("torch")}) if "median_ms" in row]
+    assert [(row["direction"], row["timing"], row["rounds"]) for row in rows] == [("forward", "graph", 5), ("backward", "graph", 5)]
+    for row in rows:
+        assert row["median_ms"] == pytest.approx(1.0, rel=0.1)  # 20 calls a graph
+        assert row["tflop_per_s"] == pytest.approx(case.flops[row["direction"]] / row["median_ms"] / 1e9)
+        assert row["of_roof"] == max(row["of_copy"], row["of_matmul"])
+
+
 def test_a_backward_is_timed_alone():
     case = only_case("damped_sine 32x48 float32")
     calls = []
