@@ -6,7 +6,9 @@ import math
 from typing import Callable
 
 import torch
+from psann_kernels import OPS, linear_cross_entropy
 from psann_kernels.documents import are_values_known
+from psann_kernels.registry import for_model
 from torch import Tensor, nn
 
 from ..config import ModelConfig
@@ -49,15 +51,26 @@ class LanguageModel(nn.Module):
                 nn.init.uniform_(module.weight, -bound, bound)
         nn.init.normal_(self.embed.weight, std=0.02)
 
-    def forward(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
-        """Logits (B, T, vocab_size) of input_ids (B, T) int64, each 0 to vocab_size - 1.
+    def forward(
+        self, input_ids: Tensor, document_starts: Tensor | None = None, targets: Tensor | None = None, label_smoothing: float = 0.0
+    ) -> Tensor:
+        """Logits (B, T, vocab_size) of input_ids (B, T) int64, each 0 to vocab_size - 1; or with targets the sum of their losses.
 
         document_starts  (B, T) bool, True at the first token of each document: attention, positions and the wave branch begin
                          anew there. A row always begins one. None: each row is one document.
+        targets          (B, T) int64, or -100 where there is none. Then their cross-entropy in nats, summed, is returned: () float32
+                         (float64 for a float64 model), without ever holding all logits
+        label_smoothing  weight of the uniform distribution in the target
 
         Raises ValueError for other shapes or dtypes, and on a CPU for ids out of range.
         """
-        return self.lm_head(self.hidden(input_ids, document_starts))
+        hidden = self.hidden(input_ids, document_starts)
+        if targets is None:
+            return self.lm_head(hidden)
+        return linear_cross_entropy(
+            hidden, self.lm_head.weight, targets, label_smoothing=label_smoothing, reduction="sum",
+            backend=for_model(self.config.backend, OPS["linear_cross_entropy"]),
+        )  # fmt: skip
 
     def hidden(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
         """What the output projection takes, (B, T, d_model); arguments as forward."""

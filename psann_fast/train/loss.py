@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..data.packing import IGNORED
+from ..models import LanguageModel
 
 
 class LossModule(nn.Module):
@@ -24,12 +25,13 @@ class LossModule(nn.Module):
         self.module, self.label_smoothing = module, label_smoothing
 
     def forward(self, input_ids: Tensor, targets: Tensor, document_starts: Tensor | None = None) -> Tensor:
+        smoothing = self.label_smoothing if self.training else 0.0
+        # A projection of another class (an adapter, say) does more than its weight shows.
+        if isinstance(self.module, LanguageModel) and type(self.module.lm_head) is nn.Linear:
+            return self.module(input_ids, document_starts, targets, smoothing)
         logits = self.module(input_ids, document_starts)
         logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(
-            logits, targets.flatten(), ignore_index=IGNORED, reduction="sum",
-            label_smoothing=self.label_smoothing if self.training else 0.0,
-        )  # fmt: skip
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
 
 
 @contextlib.contextmanager

@@ -99,6 +99,27 @@ def test_label_smoothing_is_its_formula():
             torch.testing.assert_close(batch_loss(module, batch, torch.device("cpu"), smoothing), expected)
 
 
+def test_the_loss_of_a_model_is_that_of_its_logits():
+    """A base of LanguageModel never holds all logits; one that only has a forward, or another projection, goes through them."""
+
+    class Other(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.inner = module
+
+        def forward(self, input_ids, document_starts=None):
+            return self.inner(input_ids, document_starts)
+
+    module, batch = tiny().double(), examples().batch([0, 1, 2])
+    losses = []
+    for wrapped in (module, Other(module)):
+        module.zero_grad()
+        loss = batch_loss(wrapped, batch, torch.device("cpu"), 0.1)
+        loss.backward()
+        losses.append((loss.detach(), [p.grad.clone() for p in module.parameters()]))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-10, atol=1e-12)
+
+
 def test_padding_has_no_part_in_the_loss():
     rows = examples(packed=False)
     batch = rows.batch(np.arange(len(rows)))
@@ -278,12 +299,11 @@ def test_the_plan():
 @pytest.mark.parametrize("amp, expected", [("bf16", torch.bfloat16), ("fp32", torch.float32), ("none", torch.float32)])
 def test_autocast_is_real_on_a_cpu(amp, expected):
     lm = model(base="waveresnet")
-    products, sines, logits = set(), set(), set()
+    products, sines = set(), set()
     lm.module.blocks[0].attn.q_proj.register_forward_hook(lambda _, args, out: products.add(out.dtype))
     lm.module.blocks[0].mlp.act.register_forward_hook(lambda _, args, out: sines.update((args[0].dtype, out.dtype)))
-    lm.module.lm_head.register_forward_hook(lambda _, args, out: logits.add(out.dtype))
     fitted(lm, max_steps=2, amp=amp)
-    assert products == sines == logits == {expected}
+    assert products == sines == {expected}
     assert {p.dtype for p in lm.module.parameters()} == {torch.float32}
 
 
@@ -336,7 +356,7 @@ def test_a_step_that_is_not_finite_stops_training_before_it_moves_a_weight(poiso
         out.register_hook(lambda gradient: gradient * poison)
         return out
 
-    module.lm_head.register_forward_hook(spoil)
+    module.register_forward_hook(spoil)
     saved = []
     with pytest.raises(TrainingDiverged, match=r"optimizer step 3; the weights are those before it. Lower lr \(it is 0.001\)"):
         train(module, examples(), config(epochs=9, save_interval_steps=1), save=lambda name, _: saved.append(name))
@@ -347,7 +367,7 @@ def test_a_step_that_is_not_finite_stops_training_before_it_moves_a_weight(poiso
 
 def test_fit_that_diverges_keeps_the_last_good_checkpoint(tmp_path):
     lm, calls = model(), []
-    lm.module.lm_head.register_forward_hook(lambda _, args, out: out * math.nan if calls.append(1) or len(calls) > 2 else out)
+    lm.module.register_forward_hook(lambda _, args, out: out * math.nan if calls.append(1) or len(calls) > 2 else out)
     with pytest.raises(TrainingDiverged):
         fitted(lm, checkpoint_dir=tmp_path, save_interval_steps=1)
     loaded = psannLM.load(tmp_path, device="cpu").module
@@ -372,7 +392,7 @@ def poisoned(module, *steps: int) -> list[dict[str, torch.Tensor]]:
         held.append({name: p.detach().clone() for name, p in module.named_parameters()})
         return out * math.nan if len(held) in steps else out
 
-    module.lm_head.register_forward_hook(spoil)
+    module.register_forward_hook(spoil)
     return held
 
 
@@ -456,7 +476,7 @@ def test_history_is_that_of_this_fit_when_it_ends_early(ending):
         return out
 
     calls = []
-    lm.module.lm_head.register_forward_hook(end)
+    lm.module.register_forward_hook(end)
     with pytest.raises(ending):
         fitted(lm, lr=0.0123)
     assert [row["step"] for row in lm.history_] == [1, 2] and lm.history_[0]["lr"] == 0.0123
