@@ -23,30 +23,29 @@ def draw(folder: Path) -> list[Path]:
     return written
 
 
+# Where the rows of ops without products stand: so far left that only the copy limits them.
+NO_PRODUCTS = 1e-3
+
+
 def _roofline(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    """Both axes are ratios to the run's own yardsticks, so rows of one picture share their roof: 1, reached at any intensity."""
+    """Flops a byte against flops a second, in units of the run's own yardsticks, so that all rows share one roof: min(x, 1)."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for op in dict.fromkeys(row["op"] for row in rows):
-        mine = [row for row in rows if row["op"] == op]
-        axes.scatter(
-            [max(row.get("of_matmul", 0.0), 1e-3) / row["of_copy"] for row in mine],
-            [row["of_roof"] for row in mine],
-            label=op,
-            s=18,
-            alpha=0.7,
-        )
-    axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.axvline(1.0, color="gray", linewidth=0.8, linestyle=":")
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="share of matmul rate / share of copy rate (left of 1: bound by memory)",
-        ylabel="share of the roof",
-    )
+        points = [_point(row) for row in rows if row["op"] == op]
+        axes.scatter([x for x, _ in points], [y for _, y in points], label=op, s=18, alpha=0.7)
+    right = max(10.0, *(_point(row)[0] for row in rows))
+    axes.plot([NO_PRODUCTS / 2, 1.0, 2 * right], [NO_PRODUCTS / 2, 1.0, 1.0], color="black", linewidth=0.8)
+    label = "flops a byte, in units of (matmul rate / copy rate); ops without products stand at the left end"
+    axes.set(xscale="log", yscale="log", xlabel=label, ylabel="share of the matmul rate")
     axes.legend(fontsize=8)
     return _saved(figure, folder / "roofline.png")
+
+
+def _point(row: dict[str, Any]) -> tuple[float, float]:
+    x = row["of_matmul"] / row["of_copy"] if "of_matmul" in row else NO_PRODUCTS
+    return x, x * row["of_copy"]
 
 
 def _bars(folder: Path, op: str, rows: list[dict[str, Any]]) -> Path:
