@@ -8,13 +8,11 @@ from typing import Callable, Iterator
 from psann_kernels.registry import check_backend
 from torch import nn
 
-from . import patch_attention, patch_pointwise
+from . import patch_attention, patch_loss, patch_pointwise
 from .patch_rows import ALREADY, Plan, Row
 
 # Asked in turn for every module; the first that knows it decides.
-KINDS = (*patch_pointwise.KINDS, *patch_attention.KINDS)
-# Asked once, for the model as a whole.
-WHOLE = (patch_attention.of_transformers,)
+KINDS = (*patch_pointwise.KINDS, *patch_attention.KINDS, *patch_loss.KINDS)
 
 
 class PatchError(RuntimeError):
@@ -60,7 +58,8 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False, dry_
     SIREN's sin(w0 * z): modules named Sine with `w0` or `omega_0`, and SineLayer with its `linear`
     RMS norms with `weight` or `scale`
     psannlm's SelfAttention (rotary, ALiBi or neither); with a cache of its own it keeps its own code
-    models of transformers: the attention (attn_implementation becomes psann_triton on a GPU, psann_torch elsewhere)
+    models of transformers: the attention (attn_implementation becomes psann_triton on a GPU, psann_torch elsewhere); and in the Llama
+    family the loss, in training: lm_head and cross-entropy in one, so that the output's logits are None there
 
     Patching again does nothing. Raises TypeError for what is no nn.Module; ValueError for a backend that does not exist.
     """
@@ -84,7 +83,5 @@ def _plans(model: nn.Module, backend: str) -> Iterator[Plan]:
         plan = next((plan for kind in KINDS if (plan := kind(name, module, backend)) is not None), None)
         if plan is not None:
             yield plan
-    for whole in WHOLE:
-        plan = whole(model, backend)
-        if plan is not None:
-            yield plan
+    for name, module in patch_attention.whole_models(model):
+        yield patch_attention.of_transformers(name, module, backend)

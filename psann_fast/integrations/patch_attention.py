@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Callable
 
 import torch
@@ -54,35 +55,54 @@ def of_psannlm(name: str, module: nn.Module, backend: str) -> Plan | None:
     return replacement(name, module, op, backend, (q, q, q), {"alibi_slopes": slopes}, forward, note)
 
 
-def of_transformers(model: nn.Module, backend: str) -> Plan | None:
+def whole_models(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The models of transformers in `model`, which may be one itself, by name; not the parts of one."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        is_one = hasattr(module, "set_attn_implementation") and hasattr(getattr(module, "config", None), "_attn_implementation")
+        if is_one and not any(outer == "" or name.startswith(f"{outer}.") for outer, _ in found):
+            found.append((name, module))
+    return found
+
+
+def of_transformers(name: str, model: nn.Module, backend: str) -> Plan:
     """The attention of a transformers model, which takes it by name from its own configuration."""
-    config = getattr(model, "config", None)
-    if not hasattr(model, "set_attn_implementation") or not hasattr(config, "_attn_implementation"):
-        return None
     from .attention_transformers import BACKENDS, register
 
+    config = model.config
     before = config._attn_implementation
     old = f"attention {before}"
     if before in BACKENDS:
-        return kept("", old, ALREADY)
+        return kept(name, old, ALREADY)
     if not getattr(model, "_supports_attention_backend", False):
-        return kept("", old, "this model does not take another attention (_supports_attention_backend)")
+        return kept(name, old, "this model does not take another attention (_supports_attention_backend)")
     reason = _not_served(model, config)
     if reason is not None:
-        return kept("", old, reason)
+        return kept(name, old, reason)
     device = next((p.device.type for p in model.parameters()), "cpu")
     chosen = {"auto": "triton" if device == "cuda" else "torch"}.get(for_model(backend, OPS["rope_attention"]), backend)
     chosen, refusal = serving(OPS["rope_attention"], chosen, (torch.empty(1, 1, 1, 16, device=device),) * 3, {})
     if refusal is not None:
-        return kept("", old, f"{chosen}: {refusal}")
+        return kept(name, old, f"{chosen}: {refusal}")
     new = f"psann_{chosen}"
 
     def apply() -> Callable[[], None]:
         register()
+        # Other models may hold the same configuration, so this one gets its own, and so do its parts.
+        copies: dict[int, Any] = {}
+        copy.deepcopy(config, copies)
+        changed = [(part, part.config) for part in model.modules() if id(getattr(part, "config", None)) in copies]
+        for part, theirs in changed:
+            part.config = copies[id(theirs)]
         model.set_attn_implementation(new)
-        return lambda: model.set_attn_implementation(before)
 
-    return Row("", old, "rope_attention, paged_attention", chosen, "rotation stays in the model's own code"), apply
+        def undo() -> None:
+            for part, theirs in changed:
+                part.config = theirs
+
+        return undo
+
+    return Row(name, old, "rope_attention, paged_attention", chosen, "rotation stays in the model's own code"), apply
 
 
 def _not_served(model: nn.Module, config: Any) -> str | None:

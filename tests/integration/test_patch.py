@@ -265,7 +265,8 @@ def test_a_llama_of_transformers():
     mask[0, :4] = 0
     expected, real = model(IDS, attention_mask=mask).logits, mask.bool()
     report = patch(model, strict=True)
-    assert {row.old for row in report.replaced} == {"LlamaRMSNorm", "attention sdpa"} and len(report.replaced) == 6
+    assert {row.old for row in report.replaced} == {"LlamaRMSNorm", "attention sdpa", "LlamaForCausalLM"}
+    assert len(report.replaced) == 7
     assert model.config._attn_implementation == "psann_torch" and other.config._attn_implementation == "sdpa"
     torch.testing.assert_close(model(IDS, attention_mask=mask).logits[real], expected[real], rtol=1e-5, atol=1e-5)
     options = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
@@ -293,3 +294,69 @@ def test_models_whose_attention_is_another(family, options, reason):
     kind = getattr(transformers, family)
     row = patch(kind(kind.config_class(**sizes | options)), dry_run=True).rows[-1]
     assert row.new is None and row.old.startswith("attention") and reason in row.reason
+
+
+FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Olmo", "Olmo2", "SmolLM3", "Starcoder2"]
+
+
+def tiny_model(family: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    config = getattr(transformers, f"{family}Config")(**sizes, head_dim=8, pad_token_id=0)
+    return getattr(transformers, f"{family}ForCausalLM")(config).double()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_of_transformers_models(family):
+    """In float64, where a difference is a bug: loss and gradients, with what Trainer passes beside labels."""
+    model = tiny_model(family)
+    labels = IDS.clone()
+    labels[0, :6] = -100
+    cases = [{}, {"num_items_in_batch": torch.tensor(9)}, {"shift_labels": labels.roll(-1, 1)}, {"return_dict": False}]
+    found = []
+    for change in (None, lambda: patch(model)):
+        if change is not None:
+            report = change()
+        found.append([])
+        for options in cases:
+            model.zero_grad()
+            output = model(IDS, labels=labels, **options)
+            output[0].double().backward()
+            found[-1] += [output[0].detach().double(), *(parameter.grad.clone() for parameter in model.parameters())]
+    row = next(row for row in report.rows if row.new == "linear_cross_entropy")
+    assert row.name == "" and row.old == f"{family}ForCausalLM" and "logits are None" in row.reason
+    for expected, value in zip(*found, strict=True):
+        assert (value - expected).abs().max() <= 1e-6 * expected.abs().max()  # transformers takes the loss in float32
+    assert model(IDS, labels=labels).logits is None and isinstance(model(IDS, labels=labels, return_dict=False)[0], torch.Tensor)
+    assert model(IDS).logits.shape == (2, 13, 40) and model(IDS, labels=labels, logits_to_keep=13).logits is not None
+    assert model.eval()(IDS, labels=labels).logits is not None
+    report.undo()
+    assert model.train()(IDS, labels=labels).logits is not None
+
+
+def test_losses_that_are_others():
+    capped, custom, quantized = tiny_model("Llama"), tiny_model("Llama"), tiny_model("Llama")
+    custom.loss_function = lambda **inputs: inputs["logits"].sum()
+    quantized.lm_head = nn.Sequential(quantized.lm_head)
+    capped.__class__ = type("CappedForCausalLM", (type(capped),), {})
+    for model, reason in ((capped, "not known to be"), (custom, "loss_function is another"), (quantized, "lm_head is a Sequential")):
+        row = next(row for row in patch(model, dry_run=True).rows if row.old.endswith("ForCausalLM"))
+        assert row.new is None and reason in row.reason
+    model = tiny_model("Llama")
+    patch(model)
+    model.lm_head.register_forward_hook(lambda *_: None)
+    assert model(IDS, labels=IDS).logits is not None
+
+
+def test_a_model_within_another_and_one_that_shares_its_configuration():
+    model = tiny_model("Llama").eval()
+    other = type(model)(model.config).double().eval()
+    whole = nn.ModuleDict({"teacher": model, "head": nn.Linear(2, 2)})
+    expected = model(IDS).logits
+    report = patch(whole)
+    assert {row.name for row in report.replaced if row.new != "rms_norm"} == {"teacher"}
+    assert model.config._attn_implementation == "psann_torch" and other.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-9, atol=1e-9)
+    report.undo()
+    assert model.config is other.config and model.model.layers[0].self_attn.config is other.config
