@@ -25,6 +25,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,14 +42,18 @@ PACKAGE = Path("kernels/torch-ext/psann_kernels")
 
 # Mutants that compute the same, found by looking at survivors: name and reason. Those of the name are never drawn.
 _UNUSED = "what masked lanes load is multiplied by another masked 0 and then not stored"
+_ROW = "rows that do not exist meet no other and are not stored"
 _EXISTS = "a tile's first query exists, or there were no tile"
 _COLUMN = "columns past the last feature meet no other and are not stored"
 EQUIVALENT: dict[str, str] = {
     "paged_attention_triton.py _attend constant: 0 -> 1": "keys and values of masked table entries are masked themselves",
+    "paged_attention_triton.py _append_kernel constant: 0.0 -> 1.0 (2)": "values of masked lanes are not stored",
+    "paged_attention_triton.py _attend constant: 0.0 -> 1.0": _ROW,
     "rms_norm_triton.py _backward_kernel constant: 0.0 -> 1.0": _UNUSED,
     "rms_norm_triton.py _backward_wide_kernel constant: 0.0 -> 1.0 (3)": _UNUSED,
     "rope_attention_tiles_triton.py key_range comparison: i < queries -> (i <= queries)": _EXISTS,
     "wave_conv_triton.py _backward_kernel constant: 0.0 -> 1.0 (4)": _COLUMN,
+    "wave_conv_triton.py _forward_kernel constant: 0.0 -> 1.0 (3)": _COLUMN,
 }
 
 
@@ -205,10 +210,14 @@ def operations(file: str) -> tuple[str, ...]:
 
 
 class Sandbox:
-    """A private copy of package and tests. Used as a context: the copy goes with it."""
+    """A private copy of package and tests. Used as a context: the copy goes with it.
 
-    def __init__(self) -> None:
-        self.ordered: dict[str, tuple[list[str], float]] = {}
+    store   where to keep how long the sound package's tests take, for another run on the same sources; None: nowhere
+    """
+
+    def __init__(self, store: Path | None = None) -> None:
+        self.store = store
+        self.measured: dict[str, dict[str, float]] = {}  # operation, test, seconds
 
     def __enter__(self) -> "Sandbox":
         self.folder = tempfile.TemporaryDirectory(prefix="mutants")
@@ -219,6 +228,10 @@ class Sandbox:
         ignored = shutil.ignore_patterns("lm", "integration", "__pycache__", ".*")
         shutil.copytree(ROOT / "tests", self.root / "tests", ignore=ignored)
         shutil.copy(ROOT / "pyproject.toml", self.root)
+        sources = sorted(path for path in self.root.rglob("*.py"))
+        self.sources = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+        if self.store is not None and self.store.exists():
+            self.measured = json.loads(self.store.read_text()).get(self.sources, {})
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -240,31 +253,38 @@ class Sandbox:
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
+            os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
             return None, output
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
         return process.returncode, output
 
     def tests(self, file: str) -> tuple[list[str], float]:
         """The tests that a mutant of `file` must pass, cheapest first, and their seconds. They are run once on the sound package,
         which must pass: what fails without a fault kills nothing."""
-        if file not in self.ordered:
-            ids = []
-            for operation in operations(file):
-                ids += sorted(str(path.relative_to(self.root)) for path in self.root.glob(f"tests/kernels/test_{operation}*.py"))
-                for guard in ("test_nothing_is_touched_past_the_end", "test_offsets_past_2_to_the_31_are_right"):
-                    ids.append(f"tests/kernels/test_guard_pages.py::{guard}[triton-{operation}]")
-            report = self.root / "durations.xml"
-            chosen = "triton or emulation or zero_keeps_its_sign or rule_holds"
-            ids.append("tests/kernels/test_lint.py::test_rule_holds")
-            status, output = self._pytest("-k", chosen, f"--junit-xml={report}", *ids)
-            if status != 0:
-                raise RuntimeError(f"{file}: its tests fail without a mutant:\n{output[-3000:]}")
-            found = {}
-            for case in ElementTree.parse(report).iter("testcase"):
-                found[f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}"] = float(case.get("time"))
-            self.ordered[file] = sorted(found, key=found.get), sum(found.values())
-        return self.ordered[file]
+        found: dict[str, float] = {}
+        for operation in operations(file):
+            if operation not in self.measured:
+                self.measured[operation] = self._measure(operation)
+                if self.store is not None:
+                    self.store.write_text(json.dumps({self.sources: self.measured}))
+            found |= self.measured[operation]
+        return sorted(found, key=found.get), sum(found.values())
+
+    def _measure(self, operation: str) -> dict[str, float]:
+        ids = ["tests/kernels/test_lint.py::test_rule_holds"]
+        ids += sorted(str(path.relative_to(self.root)) for path in self.root.glob(f"tests/kernels/test_{operation}*.py"))
+        for guard in ("test_nothing_is_touched_past_the_end", "test_offsets_past_2_to_the_31_are_right"):
+            ids.append(f"tests/kernels/test_guard_pages.py::{guard}[triton-{operation}]")
+        report = self.root / "durations.xml"
+        chosen = "triton or emulation or zero_keeps_its_sign or rule_holds"
+        status, output = self._pytest("-k", chosen, f"--junit-xml={report}", *ids)
+        if status != 0:
+            raise RuntimeError(f"the tests of {operation} fail without a mutant:\n{output[-3000:]}")
+        cases = ElementTree.parse(report).iter("testcase")
+        return {f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}": float(case.get("time")) for case in cases}
 
     def judge(self, mutant: Mutant) -> str:
         """What killed the mutant; "" if it survived."""
@@ -284,7 +304,7 @@ class Sandbox:
     def _killer(status: int | None, output: str) -> str:
         if status == 0:
             return ""
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", output, re.MULTILINE)
         return failed.group(1) if failed else "takes too long" if status is None else f"exit status {status}"
 
     def _gate(self, file: str) -> str:
@@ -304,14 +324,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, required=True, help="a line of JSON a mutant; an earlier run's is continued")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))  # and ends what it started
     drawn = sample(options.cases, options.seed)
     killed: dict[str, str] = {}
     if options.results.exists():
         known = [json.loads(line) for line in options.results.read_text().splitlines()]
         killed = {row["mutant"]: row["killer"] for row in known if row["killer"]}
-    with Sandbox() as sandbox:
-        # File by file, so that a run that is cut short has measured few files' tests.
-        for mutant in sorted(drawn, key=lambda mutant: mutant.file):
+    with Sandbox(options.results.with_suffix(".tests")) as sandbox:
+        # File by file, so that a run that is cut short has measured few operations' tests; what may need the gate comes last.
+        for mutant in sorted(drawn, key=lambda mutant: (mutant.kind == "cast", mutant.file)):
             if mutant.name not in killed:
                 started = time.perf_counter()
                 killer = sandbox.judge(mutant)
