@@ -2,8 +2,7 @@
 
     python -m bench.training [--steps 8] [--bases respsann waveresnet] [--amp bf16 fp32] [--out FILE]
 
-d_model 512, 8 layers, 8 heads, 4096 token ids, windows of 256, 2048 tokens a step: the same random text, the same number of
-parameters. Each trainer runs in a process of its own, as it ships: psannlm's `fit`, ours with the library's defaults. Rates are tokens
+d_model 512, 8 layers, 8 heads, 4096 token ids, windows of 256, 2048 tokens a step: the same random letters, a token each. Each trainer runs in a process of its own, as it ships: psannlm's `fit`, ours with the library's defaults. Rates are tokens
 over the time of the steps after the first two. "share" is 6 FLOP per parameter and token over the rate of a square product of the
 same dtype, measured in the same process just before. Peak memory is the process's largest resident set, torch included.
 """
@@ -58,7 +57,8 @@ def main() -> None:
 
 
 def in_a_process(case: dict[str, Any]) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-m", "bench.training", "--case", json.dumps(case)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "bench.training", "--case", json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not found:
         raise SystemExit(f"{case}: exit status {done.returncode}\n{done.stderr[-2000:]}")

@@ -30,6 +30,9 @@ from .integrations.export import export, import_exported
 from .train.runs import differences, find_runs, summary
 from .version import __version__
 
+COLUMNS_OF_RUNS = {
+    "step": ">7,d", "loss": ">7.4f", "val_loss": ">7.4f", "best_val_loss": ">7.4f", "tokens_per_second": ">9,.0f", "mfu": ">5.0%",
+}  # fmt: skip
 USER_ERRORS = (ValueError, TypeError, OSError, BackendError, FloatingPointError, ModuleNotFoundError)
 
 
@@ -100,21 +103,22 @@ def _parser() -> argparse.ArgumentParser:
 
     tokenizing = commands.add_parser("tokenize", help="turn a large corpus into token shards to train from")
     tokenizing.set_defaults(run=_tokenize)
-    tokenizing.add_argument("--data", nargs="+", metavar="PATH", required=True, help=".txt, .jsonl or .parquet files, or folders of them")
-    tokenizing.add_argument("--out", metavar="FOLDER", required=True, help="folder for the shards; `psann-fast train --data FOLDER` reads it")
-    tokenizing.add_argument("--tokenizer", default="auto", help="auto, simple, sentencepiece or tokenizers, trained on a sample of the corpus")
-    tokenizing.add_argument("--tokenizer-model-path", metavar="PATH", help="a prebuilt tokenizer instead: .model, .json, or a saved folder")
-    tokenizing.add_argument("--vocab-size", type=int, metavar="N", help=f"of a tokenizer that is trained (default: {DataConfig.tokenizer_vocab_size})")
-    tokenizing.add_argument("--field", default="text", help="where JSON lines and Parquet rows have their text (default: text)")
-    tokenizing.add_argument("--by-line", action="store_true", help="each line of a text file is a document (default: each file)")
-    tokenizing.add_argument("--val-split", type=float, default=0.0, metavar="SHARE", help="share of the documents for validation (default: 0)")
-    tokenizing.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each CPU)")
-    tokenizing.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help=f"tokens of a shard, about (default: {SHARD_TOKENS})")
-    tokenizing.add_argument("--seed", type=int, default=DataConfig.seed, help="of the tokenizer's sample and the split")
+    add = tokenizing.add_argument
+    add("--data", nargs="+", metavar="PATH", required=True, help=".txt, .jsonl or .parquet files, or folders of them")
+    add("--out", metavar="FOLDER", required=True, help="folder for the shards; `psann-fast train --data FOLDER` reads it")
+    add("--tokenizer", default="auto", help="auto, simple, sentencepiece or tokenizers, trained on a sample of the corpus")
+    add("--tokenizer-model-path", metavar="PATH", help="a prebuilt tokenizer instead: .model, .json, or a saved folder")
+    add("--vocab-size", type=int, metavar="N", help=f"of a tokenizer that is trained (default: {DataConfig.tokenizer_vocab_size})")
+    add("--field", default="text", help="where JSON lines and Parquet rows have their text (default: text)")
+    add("--by-line", action="store_true", help="each line of a text file is a document (default: each file)")
+    add("--val-split", type=float, default=0.0, metavar="SHARE", help="share of the documents for validation (default: 0)")
+    add("--workers", type=int, metavar="N", help="processes (default: one for each CPU)")
+    add("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help=f"tokens of a shard, about (default: {SHARD_TOKENS})")
+    add("--seed", type=int, default=DataConfig.seed, help="of the tokenizer's sample and the split")
 
     lister = commands.add_parser("runs", help="list and compare run folders")
     lister.set_defaults(run=_runs)
-    lister.add_argument("folders", nargs="*", default=["runs"], metavar="FOLDER", help="run folders, or a folder that holds them (default: runs)")
+    lister.add_argument("folders", nargs="*", default=["runs"], metavar="FOLDER", help="run folders, or a folder of them (default: runs)")
     lister.add_argument("--json", action="store_true", help="print JSON")
 
     exporter = commands.add_parser("export", help="write a model for another library")
@@ -214,7 +218,8 @@ def _tokenize(options: argparse.Namespace) -> int:
     parts = tokenize(options.data, options.out, **{name: getattr(options, name) for name in names})
     for part, found in parts.items():
         if found["shards"]:
-            print(f"{part}: {found['documents']:,} documents, {found['bytes']:,} bytes, {found['tokens']:,} tokens in {len(found['shards'])} shards")
+            sizes = ", ".join(f"{found[name]:,} {name}" for name in ("documents", "bytes", "tokens"))
+            print(f"{part}: {sizes} in {len(found['shards'])} shards")
     print(f"train on them:  psann-fast train --data {options.out}")
     return 0
 
@@ -232,8 +237,7 @@ def _runs(options: argparse.Namespace) -> int:
     print(f"{'run':{width}}  {'step':>7}  {'loss':>7}  {'val':>7}  {'best':>7}  {'tokens/s':>9}  {'MFU':>5}")
     show = lambda value, form: "-" if value is None else format(value, form)  # noqa: E731 (one line's worth)
     for row in sorted(rows, key=lambda row: row["best_val_loss"] or float("inf")):
-        cells = [("step", ">7,d"), ("loss", ">7.4f"), ("val_loss", ">7.4f"), ("best_val_loss", ">7.4f"), ("tokens_per_second", ">9,.0f"), ("mfu", ">5.0%")]
-        print(f"{row['run']:{width}}  " + "  ".join(show(row[name], form).rjust(int(form[1])) for name, form in cells))
+        print(f"{row['run']:{width}}  " + "  ".join(show(row[name], form).rjust(int(form[1])) for name, form in COLUMNS_OF_RUNS.items()))
     for name, values in differing.items():
         print(f"{name}: " + ", ".join(f"{run} {value}" for run, value in values.items()))
     return 0

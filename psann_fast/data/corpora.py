@@ -66,7 +66,9 @@ def _chunks(file: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 # The decoder's own position counts from the bytes that it had kept back.
                 place = position - (len(error.object) - len(content)) + error.start
-                raise ValueError(f"{file} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {place} ({error.reason}); convert the file") from None
+                raise ValueError(
+                    f"{file} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {place} ({error.reason}); convert the file"
+                ) from None
             position += len(content)
             if text:
                 yield text

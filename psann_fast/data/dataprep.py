@@ -73,7 +73,9 @@ class psannLMDataPrep:
         self.used_ids = np.flatnonzero(np.bincount(self.dataset.stream, minlength=self.vocab_size))
 
     @classmethod
-    def from_shards(cls, folder: str | Path, *, max_length: int = 256, seed: int = 1337, verify: bool = True) -> psannLMDataPrep:
+    def from_shards(
+        cls, folder: str | Path, *, max_length: int = DataConfig.max_length, seed: int = DataConfig.seed, verify: bool = True
+    ) -> psannLMDataPrep:
         """The token shards that `psann-fast tokenize` wrote, for fit: memory-mapped, in constant memory whatever their size.
 
         max_length  tokens of a window

@@ -78,7 +78,8 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         name = Path(self._file.name).name
-        self.entries.append({"file": name, "tokens": self._held, "size": self._held * self.dtype.itemsize, "xxh3_128": self._digest.hexdigest()})
+        size = self._held * self.dtype.itemsize
+        self.entries.append({"file": name, "tokens": self._held, "size": size, "xxh3_128": self._digest.hexdigest()})
         self.tokens += self._held - 1
         self._file = None
 

@@ -87,8 +87,10 @@ class Checkpoints:
             checkpoint.sync(steps)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                error.errno, f"cannot save step {snapshot.step}: {self.folder} has vanished ({error.strerror}); the weights are in memory: save them elsewhere"
-            ) from error  # fmt: skip
+                error.errno,
+                f"cannot save step {snapshot.step}: {self.folder} has vanished ({error.strerror}); the weights are in memory: "
+                "save them elsewhere",
+            ) from error
         checkpoint.write(self.folder, {name: saved[name] for name in parts})
         for old in _steps(self.folder)[self.keep :]:
             _remove(old)
@@ -110,7 +112,8 @@ def newest(folder: str | Path) -> Snapshot | None:
             _LOG.warning("%s; stepping back to the checkpoint before it", error)
             passed_over.append(place)
     if passed_over:
-        raise CheckpointError(f"all checkpoints of {folder} are damaged ({', '.join(p.name for p in passed_over)}); restore one, or train anew elsewhere")
+        names = ", ".join(place.name for place in passed_over)
+        raise CheckpointError(f"all checkpoints of {folder} are damaged ({names}); restore one, or train anew elsewhere")
     return None
 
 
@@ -119,7 +122,9 @@ def read(place: str | Path) -> Snapshot:
     files = checkpoint.read(place)
     for name in (WEIGHTS, TENSORS, STATE):
         if name not in files:
-            raise CheckpointError(f"{place} holds no {name}, so no run can be continued from it; load it as a model, or pass a folder of checkpoints/")
+            raise CheckpointError(
+                f"{place} holds no {name}, so no run can be continued from it; load it as a model, or pass a folder of checkpoints/"
+            )
     try:
         state = json.loads(files[STATE].read_text(encoding="utf-8"))
         if not isinstance(state, dict) or not isinstance(state.get("step"), int):

@@ -35,7 +35,10 @@ def check_launch(config: TrainConfig) -> None:
     for name, is_wanted in (("ddp", config.ddp == "on"), ("fsdp", config.fsdp)):
         if is_wanted and not is_launched():
             value = repr(getattr(config, name))
-            raise ValueError(f"{name} is {value}, but this process was not started as one of several; use ddp='auto' or 'off', fsdp=False, or start it with {LAUNCH}")
+            raise ValueError(
+                f"{name} is {value}, but this process was not started as one of several; use ddp='auto' or 'off', fsdp=False, "
+                f"or start it with {LAUNCH}"
+            )
 
 
 def processes(config: TrainConfig) -> int:
@@ -81,7 +84,7 @@ class Group:
         return copy.deepcopy(module) if self.is_sharded else module
 
     def wrapped(self, loss_module: nn.Module) -> nn.Module:
-        """`loss_module` so that backward averages the gradients over the processes; with FSDP2 each block's parameters are shared out."""
+        """`loss_module` so that backward averages the gradients over the processes; FSDP2 shares each block's parameters out."""
         if not self.is_exchanging:
             return loss_module
         if not self.is_sharded:

@@ -6,7 +6,12 @@ from typing import Any, Mapping, Sequence
 
 
 def model_card(
-    name: str, parameters: int, model: Mapping[str, Any], train: Mapping[str, Any], data: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
+    name: str,
+    parameters: int,
+    model: Mapping[str, Any],
+    train: Mapping[str, Any],
+    data: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
 ) -> str:
     """Markdown. model, train and data are resolved configurations, data with train_tokens and train_bytes; history the run's rows."""
     validated = [row for row in history if row.get("val_loss") is not None]
@@ -14,8 +19,8 @@ def model_card(
     lines = [
         f"# {name}",
         "",
-        f"A sine-activated language model of psann-fast: base `{model['base']}`, {parameters:,} parameters, {model['n_layers']} layers of width "
-        f"{model['d_model']}, {model['n_heads']} heads, vocabulary {model['vocab_size']}, window {model['max_length']} tokens.",
+        f"A sine-activated language model of psann-fast: base `{model['base']}`, {parameters:,} parameters, {model['n_layers']} "
+        f"layers of width {model['d_model']}, {model['n_heads']} heads, vocabulary {model['vocab_size']}, window {model['max_length']} tokens.",
         "",
         "## Training",
         "",
@@ -23,14 +28,15 @@ def model_card(
     ]
     if last is not None:
         lines += [
-            f"- {last['step']:,} optimizer steps, {last['tokens']:,} tokens, {last['seconds']:.0f} s; optimizer `{train['optimizer']}`, "
-            f"learning rate {train['lr']:g}",
+            f"- {last['step']:,} optimizer steps, {last['tokens']:,} tokens, {last['seconds']:.0f} s; "
+            f"optimizer `{train['optimizer']}`, learning rate {train['lr']:g}",
             f"- training loss {last['loss']:.4f} nats per token at the last step",
         ]
     if validated:
         best = min(validated, key=lambda row: row["val_loss"])
         lines.append(
-            f"- validation loss {validated[-1]['val_loss']:.4f} at the last step; lowest {best['val_loss']:.4f} after step {best['step']:,} (in `best/`)"
+            f"- validation loss {validated[-1]['val_loss']:.4f} at the last step; lowest {best['val_loss']:.4f} after step "
+            f"{best['step']:,} (in `best/`)"
         )
     lines += [
         "",

@@ -133,5 +133,7 @@ def _tensorboard() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("tensorboard=True needs the package tensorboard, which is not installed; pip install tensorboard") from error
+        raise ModuleNotFoundError(
+            "tensorboard=True needs the package tensorboard, which is not installed; pip install tensorboard"
+        ) from error
     return SummaryWriter

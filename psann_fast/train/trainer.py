@@ -55,7 +55,7 @@ def train(
 ) -> list[Row]:
     """Train `module` in place on its own device; returns the rows of metrics (every log interval, and the last step).
 
-    save     save(name, snapshot) writes a checkpoint: "last" every save_interval_steps, at the end and when a signal ends the run,
+    save     save(name, snapshot) writes a checkpoint: "last" every save_interval_steps, at the end and when a signal ends it,
              "best" at each new lowest validation loss
     sample   sample(step) every sample_interval_steps; the module is in eval mode then
     resumed  what to continue from; the module holds its weights already. On a CPU the run goes on bit for bit
@@ -71,7 +71,8 @@ def train(
     dtype = check(config, device)
     group = Group(config, device)
     try:
-        training = _Training(module, examples, config, dtype, group, val_examples, run, save, sample, [] if history is None else history)
+        history = [] if history is None else history
+        training = _Training(module, examples, config, dtype, group, val_examples, run, save, sample, history)
         training.run_from(resumed)
     finally:
         group.close()
@@ -310,7 +311,8 @@ class _Training:
         """Raise TrainingDiverged if a weight is not finite, so that none such is ever saved."""
         if self.group.most(int(not weights_are_finite(self.module))):
             raise TrainingDiverged(
-                f"a weight is NaN or infinite after optimizer step {self.at.step}; nothing was saved since. Lower lr or lengthen warmup_steps"
+                f"a weight is NaN or infinite after optimizer step {self.at.step}; nothing was saved since. "
+                "Lower lr or lengthen warmup_steps"
             )
 
     def _weights(self) -> dict[str, Tensor]:
@@ -360,7 +362,9 @@ def check_same_run(state: Mapping[str, Any], config: TrainConfig, examples: Exam
             )
         _LOG.warning("resume: %s was %r and is %r now; the learning rate follows the new length from here on", name, before, value)
     if state["processes"] != processes(config):
-        raise ValueError(f"resume: the run had {state['processes']} processes and now has {processes(config)}; start as many")
+        raise ValueError(
+            f"resume: the run had {state['processes']} processes and now has {processes(config)}; start as many"
+        )
     if state["data"] != examples.fingerprint:
         raise ValueError("resume: the data is not that of the run to continue; pass the same texts, window, tokenizer and seed")
 
