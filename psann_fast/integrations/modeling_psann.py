@@ -288,6 +288,12 @@ class PSANNModel(PSANNPreTrainedModel):
     ):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("PSANNModel: pass input_ids or inputs_embeds, and not both")
+        has_own_state = self.config.positional_encoding == "alibi" or self.config.base == "waveresnet"
+        if kwargs.get("cache") is not None and has_own_state:
+            raise ValueError(
+                "PSANNModel: continuous batching keeps keys and values alone, so it serves no ALiBi (whose masks do not show "
+                "positions) and no wave branch (whose last inputs have no place there); use generate"
+            )
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
@@ -321,10 +327,6 @@ class PSANNModel(PSANNPreTrainedModel):
 
     def _alibi(self, mask, past, x, kwargs):
         """ALiBi as the attention in use takes it: our kernels take slopes, the others a mask of biases."""
-        if kwargs.get("cache") is not None:
-            raise ValueError(
-                "PSANNModel: ALiBi is not served in continuous batching, whose masks do not show positions; use generate"
-            )
         slopes = alibi_slopes(self.config.num_attention_heads).to(x.device)
         if self.config._attn_implementation.startswith("psann_"):
             return mask, {**kwargs, "alibi_slopes": slopes.to(torch.promote_types(x.dtype, torch.float32))}

@@ -175,16 +175,29 @@ def test_what_transformers_records_and_checkpoints(base):
     assert all(torch.equal(plain, checkpointed) for plain, checkpointed in zip(*gradients, strict=True))
 
 
+def batched(model, prompts: list[list[int]], **options) -> list[list[int]]:
+    batching = transformers.ContinuousBatchingConfig(block_size=8, num_blocks=16, max_batch_tokens=16)
+    generation = transformers.GenerationConfig(**options)
+    outputs = model.generate_batch(prompts, generation_config=generation, continuous_batching_config=batching, warmup=False)
+    return sorted(output.generated_tokens for output in outputs.values())
+
+
 def test_continuous_batching():
     ours = tiny("respsann")
     theirs, ids = to_transformers(ours), ids_of(ours)
     prompts = [ids[0].tolist(), ids[1, :4].tolist()]
     options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=-1)
-    batching = transformers.ContinuousBatchingConfig(block_size=8, num_blocks=16, max_batch_tokens=16)
-    generation = transformers.GenerationConfig(**options)
-    outputs = theirs.generate_batch(prompts, generation_config=generation, continuous_batching_config=batching, warmup=False)
     alone = [theirs.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in prompts]
-    assert sorted(output.generated_tokens for output in outputs.values()) == sorted(alone)
+    assert batched(theirs, prompts, **options) == sorted(alone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("base, positions", [("waveresnet", "rope"), ("respsann", "alibi")])
+def test_what_continuous_batching_cannot_serve(base, positions):
+    """Its tokens would be wrong without a word: those of one text would be the near past of another's."""
+    theirs, ids = to_transformers(tiny(base, positions)), ids_of(tiny())
+    with pytest.raises(ValueError, match="continuous batching keeps keys and values alone"):
+        theirs(ids[:1], cache=object(), use_cache=False)
 
 
 # -- the folder -------------------------------------------------------------------------------------------------------------------
