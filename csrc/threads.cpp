@@ -1,10 +1,7 @@
 #include "threads.h"
 
-#include <stdlib.h>
-
 #include <condition_variable>
 #include <mutex>
-#include <new>
 #include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -100,11 +97,3 @@ void on_threads(int threads, void (*task)(void*), void* context) {
     else
         the_pool().run(threads, task, context);
 }
-
-void* allocate_bytes(size_t bytes) {
-    void* p = malloc(bytes == 0 ? 1 : bytes);
-    if (p == nullptr) throw std::bad_alloc();
-    return p;
-}
-
-void free_bytes(void* p) { free(p); }

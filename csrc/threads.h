@@ -1,7 +1,6 @@
 // Runs pieces of a kernel on several threads. Pieces are fixed by the shapes alone, so who runs which cannot change a result.
 #pragma once
 
-#include <stddef.h>
 #include <stdint.h>
 
 // Lets the kernels use the OpenMP runtime that `library` (a path or a name, already loaded) depends on. Two runtimes in one
@@ -31,15 +30,3 @@ template <class Body> static inline void parallel(int threads, int64_t pieces, c
         for (int64_t i; (i = __atomic_fetch_add(&s.next, 1, __ATOMIC_RELAXED)) < s.pieces;) s.body(i);
     }, &shared);
 }
-
-// Scratch memory; throws std::bad_alloc.
-void* allocate_bytes(size_t bytes);
-void free_bytes(void*);
-struct Workspace {
-    // Inlined always: a copy of its own, compiled for AVX-512, could be the one that the linker keeps for every instruction set.
-    float* data;
-    __attribute__((always_inline)) explicit Workspace(int64_t floats) : data(static_cast<float*>(allocate_bytes(sizeof(float) * static_cast<size_t>(floats)))) {}
-    __attribute__((always_inline)) ~Workspace() { free_bytes(data); }
-    Workspace(const Workspace&) = delete;
-    Workspace& operator=(const Workspace&) = delete;
-};

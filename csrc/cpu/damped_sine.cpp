@@ -4,6 +4,7 @@
 // gradients: over rows in the order of memory within a block, blocks in order within a slab, slabs in order. Blocks and slabs
 // follow from the number of rows alone, so the result does not depend on the number of threads.
 #include "../kernels.h"
+#include "../memory.h"
 #include "../threads.h"
 #include "damped_sine.h"
 
@@ -18,27 +19,46 @@ constexpr int64_t GRAIN = 1 << 14;
 // An output this large, bytes, is not read again from a cache; written past them, it spares reading its lines first.
 constexpr int64_t STREAM_BYTES = 32 << 20;
 
+// Only whole-width stores: those of halves leave a quarter of a cache line at a time, and what is written is half as much.
+template <class T> static bool is_streamed(const T* p, int64_t count) {
+    return sizeof(T) == 4 && count * static_cast<int64_t>(sizeof(T)) >= STREAM_BYTES && can_stream(p, WIDTH * sizeof(T));
+}
+
 using Tile = Features<TILE>;
 
-template <class T, int MODE> static void forward_tile(const Tile& t, const T* z, T* y, int64_t rows, int64_t columns, int64_t z_stride, int64_t y_stride, bool streams) {
-    for (int64_t r = 0; r < rows; r += PAIR) {
-        // A last row without a partner is computed beside itself and stored once.
-        bool pair = r + 1 < rows;
-        const T* from[PAIR] = {z + r * z_stride, z + (r + pair) * z_stride};
-        T* to[PAIR] = {y + r * y_stride, y + (r + pair) * y_stride};
-        for (int64_t c = 0; c < columns; c += WIDTH) {
-            bool whole = c + WIDTH <= columns;
-            Float in[PAIR], out[PAIR];
-            for (int i = 0; i < PAIR; i++) in[i] = whole ? load(from[i] + c) : load(from[i] + c, columns - c);
-            forward_vectors<MODE>(t, c, in, out);
-            for (int i = 0; i < PAIR; i++) {
-                if (streams) stream(to[i] + c, out[i]);
-                else if (whole) store(to[i] + c, out[i]);
-                else store(to[i] + c, out[i], columns - c);
-            }
+// Rows that go through each step together, so that one's latency is hidden behind the others.
+constexpr int ROWS = 4, BACKWARD_ROWS = 2;
+
+// What the short way does not serve: a part of a vector, or a lane that needs care.
+template <class T, int MODE> static __attribute__((noinline)) void forward_carefully(const Tile& t, int64_t c, int64_t lanes, const T* z, T* y) {
+    Float in[1] = {lanes == WIDTH ? load(z) : load(z, lanes)}, out[1];
+    forward_vectors<MODE, false>(t, c, in, out);
+    lanes == WIDTH ? store(y, out[0]) : store(y, out[0], lanes);
+}
+
+template <class T, int MODE, bool STREAMS, int R> static void forward_rows(const Tile& t, const T* z, T* y, int64_t columns, int64_t z_stride, int64_t y_stride) {
+    int64_t c = 0;
+    for (; c + WIDTH <= columns; c += WIDTH) {
+        Float in[R], out[R];
+        EACH(R) in[i] = load(z + i * z_stride + c);
+        if (!near(t, c, in)) {
+            EACH(R) forward_carefully<T, MODE>(t, c, WIDTH, z + i * z_stride + c, y + i * y_stride + c);
+            continue;
+        }
+        forward_vectors<MODE, true>(t, c, in, out);
+        EACH(R) {
+            if constexpr (STREAMS) stream(y + i * y_stride + c, out[i]);
+            else store_number(y + i * y_stride + c, out[i]);
         }
     }
-    if (streams) stream_end();
+    if (c < columns) EACH(R) forward_carefully<T, MODE>(t, c, columns - c, z + i * z_stride + c, y + i * y_stride + c);
+}
+
+template <class T, int MODE, bool STREAMS> static void forward_tile(const Tile& t, const T* z, T* y, int64_t rows, int64_t columns, int64_t z_stride, int64_t y_stride) {
+    int64_t r = 0;
+    for (; r + ROWS <= rows; r += ROWS) forward_rows<T, MODE, STREAMS, ROWS>(t, z + r * z_stride, y + r * y_stride, columns, z_stride, y_stride);
+    for (; r < rows; r++) forward_rows<T, MODE, STREAMS, 1>(t, z + r * z_stride, y + r * y_stride, columns, z_stride, y_stride);
+    if (STREAMS) stream_end();
 }
 
 // Features of a piece: whole tiles where rows suffice to feed the threads, narrower ones where they do not.
@@ -53,14 +73,17 @@ template <class T, int MODE> static void forward(const DampedSineForward& a) {
     int64_t tile = tile_of(row_pieces, a.features, a.threads), tiles = (a.features + tile - 1) / tile;
     const T* z = static_cast<const T*>(a.z);
     T* y = static_cast<T*>(a.y);
-    bool streams = a.rows * a.features * static_cast<int64_t>(sizeof(T)) >= STREAM_BYTES && a.features % WIDTH == 0 && can_stream(y, WIDTH * sizeof(T));
+    expect_writes(y, static_cast<size_t>(a.rows * a.features) * sizeof(T));
+    bool streams = is_streamed(y, a.rows * a.features) && a.features % WIDTH == 0;
     parallel(a.rows * a.features < GRAIN ? 1 : a.threads, row_pieces * tiles, [&](int64_t piece) {
         int64_t row = piece / tiles * piece_rows, column = piece % tiles * tile;
         int64_t rows = a.rows - row < piece_rows ? a.rows - row : piece_rows;
         int64_t columns = a.features - column < tile ? a.features - column : tile;
         Tile t;
         t.fill(a.amplitude + column, a.frequency + column, a.damping + column, columns);
-        forward_tile<T, MODE>(t, z + row * a.z_stride + column, y + row * a.features + column, rows, columns, a.z_stride, a.features, streams);
+        auto run = forward_tile<T, MODE, false>;
+        if constexpr (sizeof(T) == 4) run = streams ? forward_tile<T, MODE, true> : run;
+        run(t, z + row * a.z_stride + column, y + row * a.features + column, rows, columns, a.z_stride, a.features);
     });
 }
 
@@ -69,34 +92,51 @@ struct Sums {
     alignas(64) float amplitude[TILE], frequency[TILE], damping[TILE];
 };
 
-template <class T, int MODE> static void backward_tile(
-    const Tile& t, Sums& sums, const T* z, const T* dy, T* dz, int64_t rows, int64_t columns, int64_t z_stride, int64_t dy_stride, int64_t dz_stride, bool streams) {
-    for (int64_t r = 0; r < rows; r += PAIR) {
-        bool pair = r + 1 < rows;
-        const T *from[PAIR] = {z + r * z_stride, z + (r + pair) * z_stride}, *down[PAIR] = {dy + r * dy_stride, dy + (r + pair) * dy_stride};
-        T* to[PAIR] = {dz + r * dz_stride, dz + (r + pair) * dz_stride};
-        for (int64_t c = 0; c < columns; c += WIDTH) {
-            bool whole = c + WIDTH <= columns;
-            Float in[PAIR], grad[PAIR];
-            for (int i = 0; i < PAIR; i++) {
-                in[i] = whole ? load(from[i] + c) : load(from[i] + c, columns - c);
-                grad[i] = whole ? load(down[i] + c) : load(down[i] + c, columns - c);
-            }
-            Gradient out[PAIR];
-            backward_vectors<MODE>(t, c, in, grad, out);
-            for (int i = 0; i < PAIR; i++) {
-                if (streams) stream(to[i] + c, out[i].dz);
-                else if (whole) store(to[i] + c, out[i].dz);
-                else store(to[i] + c, out[i].dz, columns - c);
-            }
-            // A lone row counts once.
-            if (!pair) out[1] = Gradient{};
-            store(sums.amplitude + c, load(sums.amplitude + c) + (out[0].amplitude + out[1].amplitude));
-            store(sums.frequency + c, load(sums.frequency + c) + (out[0].frequency + out[1].frequency));
-            if constexpr (MODE != NONE) store(sums.damping + c, load(sums.damping + c) + (out[0].damping + out[1].damping));
+template <int MODE> INLINE void add(Sums& sums, int64_t c, const Gradient& g) {
+    store(sums.amplitude + c, load(sums.amplitude + c) + g.amplitude);
+    store(sums.frequency + c, load(sums.frequency + c) + g.frequency);
+    if constexpr (MODE != NONE) store(sums.damping + c, load(sums.damping + c) + g.damping);
+}
+
+template <class T, int MODE> static __attribute__((noinline)) Gradient backward_carefully(const Tile& t, int64_t c, int64_t lanes, const T* z, const T* dy, T* dz) {
+    Float in[1] = {lanes == WIDTH ? load(z) : load(z, lanes)}, down[1] = {lanes == WIDTH ? load(dy) : load(dy, lanes)};
+    Gradient out[1];
+    backward_vectors<MODE, false>(t, c, in, down, out);
+    lanes == WIDTH ? store(dz, out[0].dz) : store(dz, out[0].dz, lanes);
+    return out[0];
+}
+
+template <class T, int MODE, bool STREAMS, int R> static void backward_rows(
+    const Tile& t, Sums& sums, const T* z, const T* dy, T* dz, int64_t columns, int64_t z_stride, int64_t dy_stride, int64_t dz_stride) {
+    int64_t c = 0;
+    auto carefully = [&](int64_t lanes) {
+        EACH(R) add<MODE>(sums, c, backward_carefully<T, MODE>(t, c, lanes, z + i * z_stride + c, dy + i * dy_stride + c, dz + i * dz_stride + c));
+    };
+    for (; c + WIDTH <= columns; c += WIDTH) {
+        Float in[R], down[R];
+        EACH(R) in[i] = load(z + i * z_stride + c), down[i] = load(dy + i * dy_stride + c);
+        if (!near(t, c, in)) {
+            carefully(WIDTH);
+            continue;
         }
+        Gradient out[R];
+        backward_vectors<MODE, true>(t, c, in, down, out);
+        EACH(R) {
+            if constexpr (STREAMS) stream(dz + i * dz_stride + c, out[i].dz);
+            else store(dz + i * dz_stride + c, out[i].dz);
+        }
+        EACH(R) add<MODE>(sums, c, out[i]);
     }
-    if (streams) stream_end();
+    if (c < columns) carefully(columns - c);
+}
+
+template <class T, int MODE, bool STREAMS> static void backward_tile(
+    const Tile& t, Sums& sums, const T* z, const T* dy, T* dz, int64_t rows, int64_t columns, int64_t z_stride, int64_t dy_stride, int64_t dz_stride) {
+    int64_t r = 0;
+    for (; r + BACKWARD_ROWS <= rows; r += BACKWARD_ROWS)
+        backward_rows<T, MODE, STREAMS, BACKWARD_ROWS>(t, sums, z + r * z_stride, dy + r * dy_stride, dz + r * dz_stride, columns, z_stride, dy_stride, dz_stride);
+    for (; r < rows; r++) backward_rows<T, MODE, STREAMS, 1>(t, sums, z + r * z_stride, dy + r * dy_stride, dz + r * dz_stride, columns, z_stride, dy_stride, dz_stride);
+    if (STREAMS) stream_end();
 }
 
 static void add_sums(Sums& into, const Sums& from) {
@@ -115,7 +155,8 @@ template <class T, int MODE> static void backward(const DampedSineBackward& a) {
     int threads = a.rows * a.features < GRAIN ? 1 : a.threads;
     const T *z = static_cast<const T*>(a.z), *dy = static_cast<const T*>(a.dy);
     T* dz = static_cast<T*>(a.dz);
-    bool streams = a.rows * a.features * static_cast<int64_t>(sizeof(T)) >= STREAM_BYTES && a.features % WIDTH == 0 && can_stream(dz, WIDTH * sizeof(T));
+    expect_writes(dz, static_cast<size_t>(a.rows * a.features) * sizeof(T));
+    bool streams = is_streamed(dz, a.rows * a.features) && a.features % WIDTH == 0;
 
     Workspace partial(slabs * 3 * a.features);  // (slabs, 3, features)
     parallel(threads, slabs * tiles, [&](int64_t piece) {
@@ -127,8 +168,10 @@ template <class T, int MODE> static void backward(const DampedSineBackward& a) {
         Sums total = {};
         for (int64_t row = slab * slab_rows; row < end; row += BLOCK_ROWS) {
             Sums sums = {};
-            backward_tile<T, MODE>(t, sums, z + row * a.z_stride + column, dy + row * a.dy_stride + column, dz + row * a.features + column,
-                end - row < BLOCK_ROWS ? end - row : BLOCK_ROWS, columns, a.z_stride, a.dy_stride, a.features, streams);
+            auto run = backward_tile<T, MODE, false>;
+            if constexpr (sizeof(T) == 4) run = streams ? backward_tile<T, MODE, true> : run;
+            run(t, sums, z + row * a.z_stride + column, dy + row * a.dy_stride + column, dz + row * a.features + column,
+                end - row < BLOCK_ROWS ? end - row : BLOCK_ROWS, columns, a.z_stride, a.dy_stride, a.features);
             add_sums(total, sums);
         }
         float* out = partial.data + slab * 3 * a.features + column;

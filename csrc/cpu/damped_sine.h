@@ -1,16 +1,13 @@
 // The damped sine and its gradient of a few vectors at once, for every kernel that ends in one.
 //
-// Nearly all vectors take a short way. Where 2^x may underflow in some lane a longer exponential gives the other lanes the same
-// bits; and lanes that are NaN, infinite, beyond 2^21 half turns or growing are done again, one by one, in double. So a result
-// depends on its own input alone.
+// Nearly all vectors take the short way, which serves lanes that are `near`. The long way gives such lanes the same bits by an
+// exponential that may underflow, and does lanes that are NaN, infinite, beyond 2^16 half turns or growing again, one by one, in
+// double. So a result depends on its own input alone.
 #pragma once
 
 #include "sine.h"
 
 namespace PSANN_NAMESPACE {
-
-// Rows that go through each step together: two hide the latency of the polynomials, more do not fit the registers.
-constexpr int PAIR = 2;
 
 template <int MODE> static double envelope(double z, double damping) {
     return MODE == NONE ? 1.0 : exp(-damping * (MODE == ABS ? fabs(z) : z > 0 || z != z ? z : 0.0));
@@ -25,29 +22,36 @@ template <int MODE, class Tile> static __attribute__((noinline)) Float careful_f
     return y;
 }
 
-template <int R> INLINE bool near(const float* limit, const Float (&magnitude)[R]) {
-    bool every = true;
-    for (int i = 0; i < R; i++) every &= all_below(magnitude[i], load(limit));
-    return every;
+// True where the short way serves all of R vectors of the features c to c + WIDTH.
+template <int R, class Tile> INLINE bool near(const Tile& t, int64_t c, const Float (&z)[R]) {
+    Float limit = load(t.near + c);
+    Int below = abs(z[0]) < limit;
+    EACH(R) below &= abs(z[i]) < limit;
+    return __builtin_expect(every(below), 1);
+}
+
+// factor * 2^x, x what the damping does to z.
+template <int MODE, bool IS_SHORT, int R, class Tile> INLINE void envelopes(const Tile& t, int64_t c, const Float (&z)[R], const Float (&factor)[R], Float (&out)[R]) {
+    if constexpr (MODE == NONE) {
+        EACH(R) out[i] = factor[i];
+        return;
+    }
+    Float g[R], e[R], exponent = load(t.exponent + c);
+    EACH(R) g[i] = damped_by<MODE>(z[i]);
+    if constexpr (IS_SHORT) exp2_product(g, exponent, e);
+    else EACH(R) e[i] = exp2_product_any(g[i], exponent);
+    EACH(R) out[i] = e[i] * factor[i];
 }
 
 // y of R vectors z, all of the features c to c + WIDTH of the tile.
-template <int MODE, int R, class Tile> INLINE void forward_vectors(const Tile& t, int64_t c, const Float (&z)[R], Float (&y)[R]) {
-    Float magnitude[R], g[R], e[R];
-    for (int i = 0; i < R; i++) magnitude[i] = abs(z[i]), g[i] = damped_by<MODE>(z[i]);
-    bool is_short = __builtin_expect(near(t.near + c, magnitude), 1);
-    if (MODE != NONE && is_short) exp2_product(g, load(t.exponent + c), e);
-    if (MODE != NONE && !is_short)
-        for (int i = 0; i < R; i++) e[i] = exp2_product_any(g[i], load(t.exponent + c));
-    Float r[R];
+template <int MODE, bool IS_SHORT, int R, class Tile> INLINE void forward_vectors(const Tile& t, int64_t c, const Float (&z)[R], Float (&y)[R]) {
+    Float amplitude[R], e[R], r[R];
     Int flip[R];
+    EACH(R) amplitude[i] = load(t.amplitude + c);
+    envelopes<MODE, IS_SHORT>(t, c, z, amplitude, e);
     reduce(z, load(t.high + c), load(t.low + c), r, flip);
-    sine(r, flip, y);
-    for (int i = 0; i < R; i++) y[i] *= load(t.amplitude + c);
-    if constexpr (MODE != NONE)
-        for (int i = 0; i < R; i++) y[i] *= e[i];
-    if (!is_short)
-        for (int i = 0; i < R; i++) y[i] = careful_forward<MODE>(t, c, z[i], y[i]);
+    sine(r, flip, e, y);
+    if constexpr (!IS_SHORT) EACH(R) y[i] = careful_forward<MODE>(t, c, z[i], y[i]);
 }
 
 // dz, and what the vector adds to the sums of dy e sin, dy e z cos and dy e g sin.
@@ -70,27 +74,24 @@ template <int MODE, class Tile> static __attribute__((noinline)) Gradient carefu
     return out;
 }
 
-template <int MODE, int R, class Tile> INLINE void backward_vectors(const Tile& t, int64_t c, const Float (&z)[R], const Float (&dy)[R], Gradient (&out)[R]) {
-    Float magnitude[R], g[R], e[R];
-    for (int i = 0; i < R; i++) magnitude[i] = abs(z[i]), g[i] = damped_by<MODE>(z[i]);
-    bool is_short = __builtin_expect(near(t.near + c, magnitude), 1);
-    if (MODE != NONE && is_short) exp2_product(g, load(t.exponent + c), e);
-    if (MODE != NONE && !is_short)
-        for (int i = 0; i < R; i++) e[i] = exp2_product_any(g[i], load(t.exponent + c));
-    Float r[R], s[R], k[R];
+template <int MODE, bool IS_SHORT, int R, class Tile> INLINE void backward_vectors(const Tile& t, int64_t c, const Float (&z)[R], const Float (&dy)[R], Gradient (&out)[R]) {
+    Float p[R], r[R], ps[R], pc[R];
     Int flip[R];
+    envelopes<MODE, IS_SHORT>(t, c, z, dy, p);
     reduce(z, load(t.high + c), load(t.low + c), r, flip);
-    sine(r, flip, s);
-    cosine(r, flip, k);
-    Float amplitude = load(t.amplitude + c), frequency = load(t.frequency + c), damping = load(t.damping + c);
-    for (int i = 0; i < R; i++) {
-        Float p = MODE == NONE ? dy[i] : dy[i] * e[i], ps = p * s[i], pc = p * k[i], dz = frequency * pc;
+    sine(r, flip, p, ps);
+    cosine(r, flip, p, pc);
+    Float steepness = load(t.steepness + c), decay = load(t.decay + c);
+    EACH(R) {
+        out[i].dz = steepness * pc[i];
         // sgn(z) damping; at z = 0 the sine is 0 too.
-        if constexpr (MODE == ABS) dz = fma((Float)((Int)-damping ^ ((Int)z[i] & INT32_MIN)), ps, dz);
-        if constexpr (MODE == RELU) dz = fma(z[i] > 0 ? -damping : Float{}, ps, dz);
-        out[i] = {amplitude * dz, ps, z[i] * pc, MODE == NONE ? Float{} : g[i] * ps};
-        if (!is_short) out[i] = careful_backward<MODE>(t, c, z[i], dy[i], out[i]);
+        if constexpr (MODE == ABS) out[i].dz = fma((Float)((Int)decay ^ ((Int)z[i] & INT32_MIN)), ps[i], out[i].dz);
+        if constexpr (MODE == RELU) out[i].dz = fma(z[i] > 0 ? decay : Float{}, ps[i], out[i].dz);
+        out[i].amplitude = ps[i];
+        out[i].frequency = z[i] * pc[i];
+        out[i].damping = MODE == NONE ? Float{} : damped_by<MODE>(z[i]) * ps[i];
     }
+    if constexpr (!IS_SHORT) EACH(R) out[i] = careful_backward<MODE>(t, c, z[i], dy[i], out[i]);
 }
 
 }  // namespace PSANN_NAMESPACE

@@ -1,76 +1,93 @@
 // A linear layer for a few rows; the definition is linear.py's reference.
 //
 // With one row every weight is read once and used once, so the time is that of reading the weights: threads take runs of weight
-// rows, each weight row is one stream, FOUR streams at once. x is widened to float once and stays in the first caches. Each
-// output is one vector of partial sums over the inputs, added up at the end, so it does not depend on the rows beside it.
+// rows, which are read in the order of memory. x is widened to float once, laid out as the weights' pairs of vectors come, and stays
+// in the first caches; up to four of its rows use each weight that was widened. Each output is two vectors of partial sums over the
+// inputs, added up at the end, so it does not depend on the rows beside it.
 #include "../kernels.h"
+#include "../memory.h"
 #include "../threads.h"
 #include "simd.h"
 
 namespace PSANN_NAMESPACE {
 namespace {
 
-constexpr int STREAMS = 4;
-constexpr int64_t GRAIN = 1 << 15;  // products below which one thread is faster
+template <int N> struct Count { static constexpr int value = N; };
 
-// Sums of R rows of x with STREAMS weight rows, from input 0 up.
-template <int R, class W> INLINE void dot(const float* x, int64_t x_stride, const W* const (&weight)[STREAMS], int64_t inputs, float (&out)[R][STREAMS]) {
-    Float sums[R][STREAMS] = {};
-    auto step = [&](int64_t k, int64_t lanes) {
-        Float w[STREAMS];
-        // The next group of weight rows lies right behind this one, where rows are dense.
-        const char* next = reinterpret_cast<const char*>(weight[0] + STREAMS * (weight[1] - weight[0]) + STREAMS * k);
-        for (size_t line = 0; line < STREAMS * WIDTH * sizeof(W); line += 64) __builtin_prefetch(next + line, 0, 3);
-        for (int s = 0; s < STREAMS; s++) w[s] = lanes == WIDTH ? load(weight[s] + k) : load(weight[s] + k, lanes);
-        for (int r = 0; r < R; r++) {
-            Float v = load(x + r * x_stride + k);  // padded with zeros
-            for (int s = 0; s < STREAMS; s++) sums[r][s] = fma(v, w[s], sums[r][s]);
+constexpr int64_t GRAIN = 1 << 15;        // products below which one thread is faster
+constexpr int64_t PIECE_BYTES = 1 << 17;  // of weights: long enough for the hardware to see a stream
+constexpr int64_t AHEAD = 4096;           // bytes that are asked for before their turn
+// Weight rows that one row of x reads at once: the hardware looks only so far ahead in each stream of memory.
+constexpr int STREAMS = 4;
+
+// Sums of R rows of x with S weight rows.
+template <int R, int S, class W> INLINE void dot(const float* x, int64_t x_stride, const W* weight, int64_t weight_stride, int64_t inputs, float (&out)[R][S]) {
+    Float sums[R][S][2] = {};
+    auto add = [&](int64_t k, Float (&w)[S][2]) INLINE_LAMBDA {
+        UNROLL for (int r = 0; r < R; r++) {
+            Float even = load(x + r * x_stride + k), odd = load(x + r * x_stride + k + WIDTH);
+            UNROLL for (int s = 0; s < S; s++) {
+                sums[r][s][0] = fma(even, w[s][0], sums[r][s][0]);
+                sums[r][s][1] = fma(odd, w[s][1], sums[r][s][1]);
+            }
         }
     };
     int64_t k = 0;
-    for (; k + WIDTH <= inputs; k += WIDTH) step(k, WIDTH);
-    if (k < inputs) step(k, inputs - k);
-    for (int r = 0; r < R; r++)
-        for (int s = 0; s < STREAMS; s++) out[r][s] = sum(sums[r][s]);
+    for (; k + 2 * WIDTH <= inputs; k += 2 * WIDTH) {
+        Float w[S][2];
+        UNROLL for (int s = 0; s < S; s++) {
+            const W* p = weight + s * weight_stride + k;
+            __builtin_prefetch(reinterpret_cast<const char*>(p) + AHEAD, 0, 3);
+            load_pair(p, w[s]);
+        }
+        add(k, w);
+    }
+    if (k < inputs) {
+        Float w[S][2];
+        UNROLL for (int s = 0; s < S; s++) load_pair(weight + s * weight_stride + k, inputs - k, w[s]);
+        add(k, w);
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int s = 0; s < S; s++) out[r][s] = sum(sums[r][s][0] + sums[r][s][1]);
 }
 
 template <class T> INLINE void put(T* p, float x) { store(p, all(x), 1); }
 
-template <int R, class T, class W> INLINE void outputs_of(const Linear& a, const float* x, int64_t x_stride, int64_t row, int64_t begin, int count) {
-    const W* weight[STREAMS];
-    // A short last group reads its last row again.
-    for (int s = 0; s < STREAMS; s++) weight[s] = static_cast<const W*>(a.weight) + (begin + (s < count ? s : count - 1)) * a.weight_stride;
-    float sums[R][STREAMS];
-    dot<R>(x + row * x_stride, x_stride, weight, a.inputs, sums);
+template <int R, int S, class T, class W> INLINE void outputs_of(const Linear& a, const float* x, int64_t x_stride, int64_t row, int64_t output) {
+    float sums[R][S];
+    dot<R, S>(x + row * x_stride, x_stride, static_cast<const W*>(a.weight) + output * a.weight_stride, a.weight_stride, a.inputs, sums);
     for (int r = 0; r < R; r++) {
-        for (int s = 0; s < count; s++) {
+        for (int s = 0; s < S; s++) {
             float y = sums[r][s];
-            if (a.scale != nullptr) y *= a.scale[begin + s];
-            if (a.bias != nullptr) y += a.bias[begin + s];
-            put(static_cast<T*>(a.y) + (row + r) * a.outputs + begin + s, y);
+            if (a.scale != nullptr) y *= a.scale[output + s];
+            if (a.bias != nullptr) y += a.bias[output + s];
+            put(static_cast<T*>(a.y) + (row + r) * a.outputs + output + s, y);
         }
     }
 }
 
 template <class T, class W> static void run(const Linear& a) {
-    int64_t x_stride = (a.inputs + WIDTH - 1) / WIDTH * WIDTH;
+    int64_t x_stride = padded(a.inputs);
     Workspace wide(a.rows * x_stride);
     for (int64_t r = 0; r < a.rows; r++) {
         const T* from = static_cast<const T*>(a.x) + r * a.x_stride;
         float* to = wide.data + r * x_stride;
-        int64_t k = 0;
-        for (; k + WIDTH <= a.inputs; k += WIDTH) store(to + k, load(from + k));
-        if (k < a.inputs) store(to + k, load(from + k, a.inputs - k));
+        for (int64_t k = 0; k < x_stride; k++) to[place(k, static_cast<const W*>(nullptr))] = k < a.inputs ? scalar(from[k]) : 0.0f;
     }
-    int64_t piece = 16;
+    int64_t row_bytes = a.inputs * static_cast<int64_t>(sizeof(W)) + 1, piece = (PIECE_BYTES / row_bytes / STREAMS + 1) * STREAMS;
     parallel(a.rows * a.inputs * a.outputs < GRAIN ? 1 : a.threads, (a.outputs + piece - 1) / piece, [&](int64_t p) {
-        int64_t end = (p + 1) * piece < a.outputs ? (p + 1) * piece : a.outputs;
-        for (int64_t begin = p * piece; begin < end; begin += STREAMS) {
-            int count = end - begin < STREAMS ? static_cast<int>(end - begin) : STREAMS;
+        int64_t end = (p + 1) * piece < a.outputs ? (p + 1) * piece : a.outputs, output = p * piece;
+        auto all_rows = [&](auto count) INLINE_LAMBDA {
+            constexpr int S = decltype(count)::value;
             int64_t row = 0;
-            for (; row + 2 <= a.rows; row += 2) outputs_of<2, T, W>(a, wide.data, x_stride, row, begin, count);
-            if (row < a.rows) outputs_of<1, T, W>(a, wide.data, x_stride, row, begin, count);
-        }
+            for (; row + 4 <= a.rows; row += 4)
+                UNROLL for (int s = 0; s < S; s++) outputs_of<4, 1, T, W>(a, wide.data, x_stride, row, output + s);
+            for (; row + 2 <= a.rows; row += 2)
+                UNROLL for (int s = 0; s < S; s++) outputs_of<2, 1, T, W>(a, wide.data, x_stride, row, output + s);
+            if (row < a.rows) outputs_of<1, S, T, W>(a, wide.data, x_stride, row, output);
+        };
+        for (; output + STREAMS <= end; output += STREAMS) all_rows(Count<STREAMS>{});
+        for (; output < end; output++) all_rows(Count<1>{});
     });
 }
 

@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "../kernels.h"
+#include "../memory.h"
 #include "../threads.h"
 #include "rotary.h"
 

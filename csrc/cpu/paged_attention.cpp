@@ -8,6 +8,7 @@
 #include <math.h>
 
 #include "../kernels.h"
+#include "../memory.h"
 #include "../threads.h"
 #include "rotary.h"
 #include "sine.h"
@@ -39,8 +40,8 @@ static int64_t oldest_seen(const PagedAttention& a, int64_t position) { return a
 // The queries of one piece, head after head: row (head - first_head) * per_head + r is new token r / group of query head
 // head * group + r % group, where `head` is the key/value head that the group shares.
 struct Rows {
-    int64_t count, per_head, first_head, stride;  // stride: head_dim padded to whole vectors
-    float *q, *o;                                 // (count, stride); q times softmax_scale * log2(e)
+    int64_t count, per_head, first_head, stride;  // stride: head_dim padded to pairs of vectors
+    float *q, *o;                                 // (count, stride), laid out as load_pair gives keys; q times softmax_scale * log2(e)
     float *scores;                                // (count, TILE_KEYS)
     float *largest, *sum;                         // (count): in units of log2
     float *slope;                                 // (count): taken off per token of distance
@@ -75,9 +76,10 @@ template <class T> void fill_rows(const PagedAttention& a, const Sequence& s, in
         int64_t within = r % rows.per_head, token = first_token + within / group, position = s.length - s.tokens + token;
         int64_t head = (rows.first_head + r / rows.per_head) * group + within % group;
         const T* q = static_cast<const T*>(a.q) + (s.first_row + token) * a.q_stride + head * a.q_head_stride;
-        for (int64_t d = a.head_dim; d < rows.stride; d++) rows.q[r * rows.stride + d] = 0.0f;
-        for (int64_t d = 0; d < rows.stride; d++) rows.o[r * rows.stride + d] = 0.0f;
-        rotate(a.rotary, position, a.head_dim, q, rows.q + r * rows.stride, a.softmax_scale * LOG2_E);
+        float *turned = rows.o + r * rows.stride, *to = rows.q + r * rows.stride;
+        rotate(a.rotary, position, a.head_dim, q, turned, a.softmax_scale * LOG2_E);
+        for (int64_t d = 0; d < rows.stride; d++) to[place(d, q)] = d < a.head_dim ? turned[d] : 0.0f;
+        for (int64_t d = 0; d < rows.stride; d++) turned[d] = 0.0f;
         rows.largest[r] = -INFINITY;
         rows.sum[r] = 0.0f;
         rows.from[r] = oldest_seen(a, position);
@@ -108,35 +110,49 @@ template <class T> void find_tile(const PagedAttention& a, int64_t sequence, con
 }
 
 template <class T> INLINE void fetch(const T* p, int64_t head_dim) {
-    for (int64_t d = 0; d < head_dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + d, 0, 3);
+    for (int64_t d = 0; d < head_dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + d, 0, 2);
+}
+
+// Fetches the heads of a tile's keys (or values) in the order of memory, from the `from`-th to before the `to`-th.
+template <class T> INLINE void fetch_heads(const T* const* places, int64_t keys, int64_t heads, int64_t head_stride, int64_t head_dim, int64_t from, int64_t to) {
+    int64_t key = from / heads, head = from % heads;
+    for (; from < to && key < keys; from++) {
+        fetch(places[key] + head * head_stride, head_dim);
+        if (++head == heads) head = 0, key++;
+    }
 }
 
 // Scores of R rows with K keys.
 template <int R, int K, class T> INLINE void score(const float* q, int64_t stride, const T* const* keys, int64_t offset, int64_t head_dim, float* out) {
     Float sums[R][K] = {};
     const T* k[K];
-    for (int i = 0; i < K; i++) k[i] = keys[i] + offset;
-    auto step = [&](int64_t d, int64_t lanes) {
-        Float x[K];
-        for (int i = 0; i < K; i++) x[i] = lanes == WIDTH ? load(k[i] + d) : load(k[i] + d, lanes);
-        for (int r = 0; r < R; r++) {
-            Float w = load(q + r * stride + d);
-            for (int i = 0; i < K; i++) sums[r][i] = fma(w, x[i], sums[r][i]);
+    UNROLL for (int i = 0; i < K; i++) k[i] = keys[i] + offset;
+    auto add = [&](int64_t d, int i, const Float (&x)[2]) INLINE_LAMBDA {
+        UNROLL for (int r = 0; r < R; r++) {
+            sums[r][i] = fma(load(q + r * stride + d), x[0], sums[r][i]);
+            sums[r][i] = fma(load(q + r * stride + d + WIDTH), x[1], sums[r][i]);
         }
     };
     int64_t d = 0;
-    for (; d + WIDTH <= head_dim; d += WIDTH) step(d, WIDTH);
-    if (d < head_dim) step(d, head_dim - d);
-    for (int r = 0; r < R; r++)
-        for (int i = 0; i < K; i++) out[r * TILE_KEYS + i] = sum(sums[r][i]);
+    Float x[2];
+    for (; d + 2 * WIDTH <= head_dim; d += 2 * WIDTH)
+        UNROLL for (int i = 0; i < K; i++) load_pair(k[i] + d, x), add(d, i, x);
+    if (d < head_dim)
+        UNROLL for (int i = 0; i < K; i++) load_pair(k[i] + d, head_dim - d, x), add(d, i, x);
+    UNROLL for (int r = 0; r < R; r++) {
+        if constexpr (K % 4 == 0)
+            UNROLL for (int i = 0; i < K; i += 4) sum_each({sums[r][i], sums[r][i + 1], sums[r][i + 2], sums[r][i + 3]}, out + r * TILE_KEYS + i);
+        else
+            UNROLL for (int i = 0; i < K; i++) out[r * TILE_KEYS + i] = sum(sums[r][i]);
+    }
 }
 
 // Scores of all rows of the piece with K keys, from key `key` of the tile.
 template <int K, class T> INLINE void score_all(const PagedAttention& a, const Rows& rows, const Tile<T>& tile, const Tile<T>& next, int64_t key) {
     int64_t heads = rows.count / rows.per_head;
     for (int64_t h = 0; h < heads; h++) {
-        int64_t offset = h * a.k_cache.head_stride;
-        for (int64_t i = key; i < smaller(key + K, next.end - next.begin); i++) fetch(next.k[i] + offset, a.head_dim);
+        int64_t offset = h * a.k_cache.head_stride, first = key * heads + h * K;
+        fetch_heads(next.k, next.end - next.begin, heads, a.k_cache.head_stride, a.head_dim, first, first + K);
         int64_t r = h * rows.per_head, end = r + rows.per_head;
         for (; end - r >= 2; r += 2) score<2, K>(rows.q + r * rows.stride, rows.stride, tile.k + key, offset, a.head_dim, rows.scores + r * TILE_KEYS + key);
         if (r < end) score<1, K>(rows.q + r * rows.stride, rows.stride, tile.k + key, offset, a.head_dim, rows.scores + r * TILE_KEYS + key);
@@ -171,34 +187,38 @@ INLINE void renew(const Rows& rows, int64_t row, int64_t tile_begin) {
     for (int64_t d = 0; d < rows.stride; d += WIDTH) store(o + d, load(o + d) * factor);
 }
 
-// Adds to R rows' outputs, from feature d on N vectors (the last with `lanes` lanes), probabilities times the values of keys
+// Adds to R rows' outputs, from feature d on N pairs of vectors (the last of `count` elements), probabilities times the values of keys
 // first to last - 1.
-template <int R, int N, class T> INLINE void gather(const Rows& rows, int64_t row, const T* const* v, int64_t offset, int64_t d, int64_t lanes, int64_t first, int64_t last) {
+template <int R, int N, class T> INLINE void gather(const Rows& rows, int64_t row, const T* const* v, int64_t offset, int64_t d, int64_t count, int64_t first, int64_t last) {
     float *o = rows.o + row * rows.stride + d, *p = rows.scores + row * TILE_KEYS;
-    Float sums[R][N];
-    for (int r = 0; r < R; r++)
-        for (int n = 0; n < N; n++) sums[r][n] = load(o + r * rows.stride + n * WIDTH);
+    Float sums[R][N][2];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int n = 0; n < N; n++) EACH(2) sums[r][n][i] = load(o + r * rows.stride + (2 * n + i) * WIDTH);
     for (int64_t key = first; key < last; key++) {
         const T* at = v[key] + offset + d;
-        for (int n = 0; n < N; n++) {
-            Float x = lanes == WIDTH ? load(at + n * WIDTH) : load(at, lanes);
-            for (int r = 0; r < R; r++) sums[r][n] = fma(all(p[r * TILE_KEYS + key]), x, sums[r][n]);
+        Float weight[R];
+        EACH(R) weight[i] = all(p[i * TILE_KEYS + key]);
+        UNROLL for (int n = 0; n < N; n++) {
+            Float x[2];
+            if (count == 2 * WIDTH) load_pair(at + 2 * n * WIDTH, x);
+            else load_pair(at, count, x);
+            UNROLL for (int r = 0; r < R; r++) EACH(2) sums[r][n][i] = fma(weight[r], x[i], sums[r][n][i]);
         }
     }
-    for (int r = 0; r < R; r++)
-        for (int n = 0; n < N; n++) store(o + r * rows.stride + n * WIDTH, sums[r][n]);
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int n = 0; n < N; n++) EACH(2) store(o + r * rows.stride + (2 * n + i) * WIDTH, sums[r][n][i]);
 }
 
 template <int R, class T> INLINE void gather_all(const Rows& rows, int64_t row, const T* const* v, int64_t offset, int64_t head_dim, int64_t first, int64_t last) {
-    constexpr int N = R == 1 ? 8 : 4;
+    constexpr int N = R == 1 ? 4 : 2, STEP = 2 * WIDTH;
     int64_t d = 0;
-    for (; d + N * WIDTH <= head_dim; d += N * WIDTH) gather<R, N>(rows, row, v, offset, d, WIDTH, first, last);
-    for (; d < head_dim; d += WIDTH) gather<R, 1>(rows, row, v, offset, d, smaller(WIDTH, head_dim - d), first, last);
+    for (; d + N * STEP <= head_dim; d += N * STEP) gather<R, N>(rows, row, v, offset, d, STEP, first, last);
+    for (; d < head_dim; d += STEP) gather<R, 1>(rows, row, v, offset, d, smaller(STEP, head_dim - d), first, last);
 }
 
 // `next` is fetched meanwhile, a little beside each piece of work: all of it at once would only be waited for.
 template <class T> void attend(const PagedAttention& a, const Rows& rows, const Tile<T>& tile, const Tile<T>& next) {
-    int64_t keys = tile.end - tile.begin;
+    int64_t keys = tile.end - tile.begin, heads = rows.count / rows.per_head;
     for (int64_t r = 0; r < rows.count; r++) {
         rows.first[r] = larger(rows.from[r], tile.begin) - tile.begin;
         rows.last[r] = larger(rows.first[r], smaller(rows.to[r], tile.end) - tile.begin);
@@ -214,7 +234,7 @@ template <class T> void attend(const PagedAttention& a, const Rows& rows, const 
             int64_t offset = r / rows.per_head * a.v_cache.head_stride;
             int64_t first = larger(rows.first[r], begin), last = smaller(rows.last[r], begin + GATHERED);
             if (r % rows.per_head == 0)
-                for (int64_t key = begin; key < smaller(begin + GATHERED, next.end - next.begin); key++) fetch(next.v[key] + offset, a.head_dim);
+                fetch_heads(next.v, next.end - next.begin, heads, a.v_cache.head_stride, a.head_dim, (begin + r / rows.per_head * GATHERED / heads) * heads, (begin + (r / rows.per_head + 1) * GATHERED / heads) * heads);
             if (first >= last) continue;
             // Only rows that see the same keys go together: a key that one of them must not see could be NaN, and 0 * NaN is NaN.
             bool pair = (r + 1) % rows.per_head != 0 && rows.first[r + 1] == rows.first[r] && rows.last[r + 1] == rows.last[r];
@@ -236,10 +256,17 @@ template <class T> void attend_range(const PagedAttention& a, int64_t sequence, 
     }
 }
 
+// from: laid out as load_pair gives values.
 template <class T> INLINE void store_row(T* to, const float* from, int64_t count, float factor) {
-    int64_t d = 0;
-    for (; d + WIDTH <= count; d += WIDTH) store(to + d, load(from + d) * factor);
-    if (d < count) store(to + d, load(from + d) * factor, count - d);
+    constexpr int64_t STEP = 2 * WIDTH;
+    float lanes[STEP];
+    for (int64_t d = 0; d < count; d += STEP) {
+        for (int64_t i = 0; i < STEP; i++) lanes[i] = from[d + place(i, to)] * factor;
+        for (int64_t half = d; half < smaller(d + STEP, count); half += WIDTH) {
+            if (half + WIDTH <= count) store(to + half, load(lanes + half - d));
+            else store(to + half, load(lanes + half - d), count - half);
+        }
+    }
 }
 
 // Where row r of a key/value head goes.
@@ -273,7 +300,7 @@ template <class T> static void zero_rows(const PagedAttention& a, int64_t begin,
 }
 
 template <class T> static void run(const PagedAttention& a) {
-    int64_t stride = (a.head_dim + WIDTH - 1) / WIDTH * WIDTH, group = a.heads / a.kv_heads;
+    int64_t stride = padded(a.head_dim), group = a.heads / a.kv_heads;
     Workspace memory(a.sequences * static_cast<int64_t>(sizeof(Sequence) / sizeof(float)));
     Sequence* sequences = reinterpret_cast<Sequence*>(memory.data);
     int64_t pieces = 0, partial_floats = 0, work = 0;

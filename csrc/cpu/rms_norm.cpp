@@ -6,6 +6,7 @@
 #include <math.h>
 
 #include "../kernels.h"
+#include "../memory.h"
 #include "../threads.h"
 #include "simd.h"
 
@@ -32,6 +33,23 @@ template <class Body> INLINE void each_vector(int64_t features, const Body& body
 template <class T> INLINE Float take(const T* p, int64_t count) { return count == WIDTH ? load(p) : load(p, count); }
 template <class T> INLINE void give(T* p, Float x, int64_t count) { count == WIDTH ? store(p, x) : store(p, x, count); }
 
+// Sums over a row of what term(c, count, out) gives for each vector. Four partial sums each, so that one's latency is hidden behind
+// the others.
+template <int N, class Term> INLINE void sum_row(int64_t features, const Term& term, float (&result)[N]) {
+    Float sums[4][N] = {};
+    int64_t c = 0;
+    auto add = [&](int part, int64_t at, int64_t count) INLINE_LAMBDA {
+        Float out[N];
+        term(at, count, out);
+        EACH(N) sums[part][i] += out[i];
+    };
+    for (; c + 4 * WIDTH <= features; c += 4 * WIDTH)
+        UNROLL for (int part = 0; part < 4; part++) add(part, c + part * WIDTH, WIDTH);
+    for (; c + WIDTH <= features; c += WIDTH) add(0, c, WIDTH);
+    if (c < features) add(0, c, features - c);
+    EACH(N) result[i] = sum((sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]));
+}
+
 template <class T> static void forward(const RmsNormForward& a) {
     const T *x = static_cast<const T*>(a.x), *residual = static_cast<const T*>(a.residual);
     T *y = static_cast<T*>(a.y), *h = static_cast<T*>(a.h);
@@ -42,19 +60,19 @@ template <class T> static void forward(const RmsNormForward& a) {
         int64_t end = (piece + 1) * piece_rows < a.rows ? (piece + 1) * piece_rows : a.rows;
         for (int64_t r = piece * piece_rows; r < end; r++) {
             const T* from = x + r * a.x_stride;
-            Float squares = {};
-            each_vector(a.features, [&](int64_t c, int64_t count) {
+            float squares[1];
+            sum_row(a.features, [&](int64_t c, int64_t count, Float (&out)[1]) INLINE_LAMBDA {
                 Float value = take(from + c, count);
                 if (residual != nullptr) {
                     // What is normalized is the sum as it is stored.
                     value = rounded(value + take(residual + r * a.residual_stride + c, count), from);
                     give(h + r * a.features + c, value, count);
                 }
-                squares = fma(value, value, squares);
-            });
+                out[0] = value * value;
+            }, squares);
             if (residual != nullptr) from = h + r * a.features;
-            float root = 1.0f / sqrtf(sum(squares) / static_cast<float>(a.features) + a.eps);
-            each_vector(a.features, [&](int64_t c, int64_t count) {
+            float root = 1.0f / sqrtf(squares[0] / static_cast<float>(a.features) + a.eps);
+            each_vector(a.features, [&](int64_t c, int64_t count) INLINE_LAMBDA {
                 give(y + r * a.features + c, take(from + c, count) * root * take(weight + c, count), count);
             });
         }
@@ -76,15 +94,15 @@ template <class T> static void backward(const RmsNormBackward& a) {
         int64_t end = (slab + 1) * slab_rows < a.rows ? (slab + 1) * slab_rows : a.rows;
         for (int64_t r = slab * slab_rows; r < end; r++) {
             const T *value = h + r * a.h_stride, *down = dy + r * a.dy_stride;
-            Float squares = {}, products = {};
-            each_vector(a.features, [&](int64_t c, int64_t count) {
+            float sums[2];  // of squares, and of products with the gradient
+            sum_row(a.features, [&](int64_t c, int64_t count, Float (&out)[2]) INLINE_LAMBDA {
                 Float v = take(value + c, count);
-                squares = fma(v, v, squares);
-                products = fma(v, take(down + c, count) * take(weight + c, count), products);
-            });
-            float root = 1.0f / sqrtf(sum(squares) / static_cast<float>(a.features) + a.eps);
-            float pull = sum(products) / static_cast<float>(a.features) * root * root;
-            each_vector(a.features, [&](int64_t c, int64_t count) {
+                out[0] = v * v;
+                out[1] = v * (take(down + c, count) * take(weight + c, count));
+            }, sums);
+            float root = 1.0f / sqrtf(sums[0] / static_cast<float>(a.features) + a.eps);
+            float pull = sums[1] / static_cast<float>(a.features) * root * root;
+            each_vector(a.features, [&](int64_t c, int64_t count) INLINE_LAMBDA {
                 Float v = take(value + c, count), g = take(down + c, count);
                 Float d = root * (g * take(weight + c, count) - v * pull);
                 if (dh_in != nullptr) d += take(dh_in + r * a.dh_in_stride + c, count);

@@ -15,6 +15,11 @@
 #include <arm_neon.h>
 #endif
 
+// Loops that are always unrolled, so that arrays indexed by their variable stay in registers.
+#define UNROLL _Pragma("GCC unroll 8")
+#define EACH(count) UNROLL for (int i = 0; i < count; i++)
+#define INLINE_LAMBDA __attribute__((always_inline))
+
 #define INLINE static inline __attribute__((always_inline))
 
 // A test may ask for 16 lanes without AVX-512: the compiler then makes each vector of two, and the code is otherwise the same.
@@ -54,6 +59,7 @@ typedef int8_t Byte __attribute__((vector_size(WIDTH)));
 // The same vectors wherever they lie in memory.
 typedef float FloatAnywhere __attribute__((vector_size(WIDTH * 4), aligned(1), may_alias));
 typedef uint16_t ShortAnywhere __attribute__((vector_size(WIDTH * 2), aligned(1), may_alias));
+typedef uint32_t UintAnywhere __attribute__((vector_size(WIDTH * 4), aligned(1), may_alias));
 typedef int8_t ByteAnywhere __attribute__((vector_size(WIDTH), aligned(1), may_alias));
 
 // Storage types; a plain uint16_t could be either half.
@@ -88,17 +94,16 @@ INLINE Float abs(Float x) { return (Float)((Int)x & 0x7fffffff); }
 INLINE Float min(Float a, Float b) { return a < b ? a : b; }
 INLINE Float max(Float a, Float b) { return a > b ? a : b; }
 
-// True if a < b in every lane; a NaN is never below.
-INLINE bool all_below(Float a, Float b) {
+// True if every lane of a comparison holds.
+INLINE bool every(Int holds) {
 #if defined(PSANN_AVX512)
-    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ) == 0xffff;
+    return _mm512_movepi32_mask((__m512i)holds) == 0xffff;
 #elif defined(PSANN_AVX2)
-    return _mm256_movemask_ps((__m256)(a < b)) == 0xff;
+    return _mm256_movemask_ps((__m256)holds) == 0xff;
 #else
-    Int below = a < b;
-    int every = -1;
-    for (int i = 0; i < WIDTH; i++) every &= below[i];
-    return every != 0;
+    int all_bits = -1;
+    for (int i = 0; i < WIDTH; i++) all_bits &= holds[i];
+    return all_bits != 0;
 #endif
 }
 
@@ -114,6 +119,19 @@ INLINE float sum(Float x) {
     for (int step = WIDTH / 2; step > 0; step /= 2)
         for (int i = 0; i < step; i++) x[i] += x[i + step];
     return x[0];
+}
+
+// The sums of four vectors, each added up as `sum` does.
+INLINE void sum_each(const Float (&x)[4], float* out) {
+#if defined(PSANN_AVX2)
+    __m256 a = _mm256_add_ps(_mm256_permute2f128_ps((__m256)x[0], (__m256)x[1], 0x20), _mm256_permute2f128_ps((__m256)x[0], (__m256)x[1], 0x31));
+    __m256 b = _mm256_add_ps(_mm256_permute2f128_ps((__m256)x[2], (__m256)x[3], 0x20), _mm256_permute2f128_ps((__m256)x[2], (__m256)x[3], 0x31));
+    __m256 c = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+    c = _mm256_add_ps(c, _mm256_movehdup_ps(c));  // lanes 0 and 2: x[0], x[2]; 4 and 6: x[1], x[3]
+    _mm_storeu_ps(out, _mm_blend_ps(_mm256_castps256_ps128(c), _mm_moveldup_ps(_mm256_extractf128_ps(c, 1)), 0xa));
+#else
+    for (int i = 0; i < 4; i++) out[i] = sum(x[i]);
+#endif
 }
 
 INLINE float maximum(Float x) {
@@ -162,11 +180,12 @@ INLINE Int ints(const int8_t* p) {
 
 INLINE Float widen_bf16(Short h) { return (Float)(uints(h) << 16); }
 
-INLINE Short narrow_bf16(Float x) {
+// For any x but NaN.
+INLINE Uint rounded_bf16(Float x) {
     Uint bits = (Uint)x;
-    Uint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return shorts(x == x ? rounded : Uint{} + 0x7fc0);
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
+INLINE Short narrow_bf16(Float x) { return shorts(x == x ? rounded_bf16(x) : Uint{} + 0x7fc0); }
 
 INLINE Float widen_fp16(Short h) {
 #if defined(PSANN_AVX512)
@@ -206,6 +225,11 @@ INLINE Float load(const fp16* p) { return widen_fp16(*reinterpret_cast<const Sho
 INLINE void store(bf16* p, Float x) { *reinterpret_cast<ShortAnywhere*>(p) = narrow_bf16(x); }
 INLINE void store(fp16* p, Float x) { *reinterpret_cast<ShortAnywhere*>(p) = narrow_fp16(x); }
 
+// The same where x is known to hold no NaN.
+INLINE void store_number(float* p, Float x) { store(p, x); }
+INLINE void store_number(bf16* p, Float x) { *reinterpret_cast<ShortAnywhere*>(p) = shorts(rounded_bf16(x)); }
+INLINE void store_number(fp16* p, Float x) { store(p, x); }
+
 // The first `count` lanes, the rest 0; count < WIDTH. Never touches memory past the last of them.
 template <class T> INLINE Float load(const T* p, int64_t count) {
     T lanes[WIDTH] = {};
@@ -217,6 +241,30 @@ template <class T> INLINE void store(T* p, Float x, int64_t count) {
     store(lanes, x);
     for (int64_t i = 0; i < count; i++) p[i] = lanes[i];
 }
+
+// 2 * WIDTH elements as two vectors. Widening bf16 costs least where one vector takes the even elements and the other the odd ones;
+// `place` says where element k of such a row then stands, so that the row's partner in a product can be laid out alike.
+template <class T> INLINE void load_pair(const T* p, Float (&out)[2]) {
+    out[0] = load(p);
+    out[1] = load(p + WIDTH);
+}
+INLINE void load_pair(const bf16* p, Float (&out)[2]) {
+    Uint both = *reinterpret_cast<const UintAnywhere*>(p);
+    out[0] = (Float)(both << 16);
+    out[1] = (Float)(both & 0xffff0000u);
+}
+template <class T> INLINE void load_pair(const T* p, int64_t count, Float (&out)[2]) {
+    T lanes[2 * WIDTH] = {};
+    for (int64_t i = 0; i < count; i++) lanes[i] = p[i];
+    load_pair(static_cast<const T*>(lanes), out);
+}
+template <class T> INLINE int64_t place(int64_t k, const T*) { return k; }
+INLINE int64_t place(int64_t k, const bf16*) {
+    int64_t within = k % (2 * WIDTH);
+    return k - within + within % 2 * WIDTH + within / 2;
+}
+// Floats that hold a row of `count` elements laid out so.
+INLINE int64_t padded(int64_t count) { return (count + 2 * WIDTH - 1) / (2 * WIDTH) * (2 * WIDTH); }
 
 // What a stored and reloaded x would be.
 INLINE Float rounded(Float x, const float*) { return x; }
@@ -256,17 +304,6 @@ INLINE void stream(float* p, Float x) {
     store(p, x);
 #endif
 }
-INLINE void stream_shorts(void* p, Short x) {
-#if defined(PSANN_AVX512)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)x);
-#elif defined(PSANN_AVX2)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)x);
-#else
-    *reinterpret_cast<ShortAnywhere*>(p) = x;
-#endif
-}
-INLINE void stream(bf16* p, Float x) { stream_shorts(p, narrow_bf16(x)); }
-INLINE void stream(fp16* p, Float x) { stream_shorts(p, narrow_fp16(x)); }
 INLINE void stream_end() {
 #if defined(__AVX__)
     _mm_sfence();

@@ -18,27 +18,27 @@ constexpr float LOG2_E = 1.44269504f;
 constexpr float ROUNDER = 0x1.8p23f;
 // Up to it z * low, which r takes on top of its half, stays below 1/16; beyond, r would leave what the polynomials serve.
 constexpr float TURNS_LIMIT = 0x1p16f;
-// Within it 2^x is a normal number.
-constexpr float EXPONENT_LIMIT = 125.0f;
+// Within it 2^x is a normal number; and where a negative damping makes it grow, so is its product with an amplitude below 2^GROWTH_LIMIT.
+constexpr float EXPONENT_LIMIT = 125.0f, GROWTH_LIMIT = 60.0f;
 
 // Several vectors go through each step together, so that a constant is fetched once for all of them. out = polynomial in x,
 // its highest coefficient first.
 template <int R, int N> INLINE void horner(const float (&coefficients)[N], const Float (&x)[R], Float (&out)[R]) {
-    for (int i = 0; i < R; i++) out[i] = all(coefficients[0]);
+    EACH(R) out[i] = all(coefficients[0]);
     for (int k = 1; k < N; k++)
-        for (int i = 0; i < R; i++) out[i] = fma(x[i], out[i], all(coefficients[k]));
+        EACH(R) out[i] = fma(x[i], out[i], all(coefficients[k]));
 }
 
-// All found by iterated weighted least squares in double: least maximal relative (sine 5e-9, exponential 2e-9) and absolute
-// error (cosine 3e-10) before the coefficients were rounded to float.
+// All found by iterated weighted least squares in double: least maximal relative (sine 5e-9, exponential 9e-8) and absolute
+// error (cosine 3e-10) before the coefficients were rounded to float. A sixth power in the exponential would give 2e-9 and take a
+// tenth longer; what a float's roundings cost hides the difference.
 constexpr float SINE[] = {0.07756035774946213f, -0.5982421040534973f, 2.550069808959961f, -5.167709827423096f, 3.1415927410125732f};
 constexpr float COSINE[] = {-0.02442069910466671f, 0.23495392501354218f, -1.3352160453796387f, 4.058709621429443f, -4.934802055358887f, 1.0f};
-constexpr float EXP2[] = {0.00015353361959569156f, 0.0013398873852565885f, 0.00961843691766262f, 0.055503323674201965f,
-                          0.24022647738456726f, 0.6931471824645996f, 1.0f};
+constexpr float EXP2[] = {0.0013264726899145443f, 0.009671512660597806f, 0.055507337442440435f, 0.24022242084918516f, 0.6931469775984714f, 1.0f};
 
 // frequency * z in half turns less the nearest whole number n: r in [-1/2, 1/2]; flip is the sign bit, set where n is odd.
 template <int R> INLINE void reduce(const Float (&z)[R], Float high, Float low, Float (&r)[R], Int (&flip)[R]) {
-    for (int i = 0; i < R; i++) {
+    EACH(R) {
         if constexpr (HAS_FMA) {
             Float n = fma(z[i], high, all(ROUNDER));
             flip[i] = (Int)n << 31;
@@ -55,33 +55,34 @@ template <int R> INLINE void reduce(const Float (&z)[R], Float high, Float low, 
     }
 }
 
-// sin(frequency * z) from what `reduce` gave.
-template <int R> INLINE void sine(const Float (&r)[R], const Int (&flip)[R], Float (&out)[R]) {
-    Float u[R];
-    for (int i = 0; i < R; i++) u[i] = r[i] * r[i];
-    horner(SINE, u, out);
-    for (int i = 0; i < R; i++) out[i] = (Float)((Int)(r[i] * out[i]) ^ flip[i]);
+// factor * sin(frequency * z) from what `reduce` gave. The factor is multiplied in while the polynomial is being summed.
+template <int R> INLINE void sine(const Float (&r)[R], const Int (&flip)[R], const Float (&factor)[R], Float (&out)[R]) {
+    Float u[R], p[R];
+    EACH(R) u[i] = r[i] * r[i];
+    horner(SINE, u, p);
+    EACH(R) out[i] = (Float)((Int)(r[i] * factor[i]) ^ flip[i]) * p[i];
 }
 
-template <int R> INLINE void cosine(const Float (&r)[R], const Int (&flip)[R], Float (&out)[R]) {
-    Float u[R];
-    for (int i = 0; i < R; i++) u[i] = r[i] * r[i];
-    horner(COSINE, u, out);
-    for (int i = 0; i < R; i++) out[i] = (Float)((Int)out[i] ^ flip[i]);
+// factor * cos(frequency * z).
+template <int R> INLINE void cosine(const Float (&r)[R], const Int (&flip)[R], const Float (&factor)[R], Float (&out)[R]) {
+    Float u[R], p[R];
+    EACH(R) u[i] = r[i] * r[i];
+    horner(COSINE, u, p);
+    EACH(R) out[i] = (Float)((Int)factor[i] ^ flip[i]) * p[i];
 }
 
 // 2^(g * exponent) where that is a normal number: |g * exponent| < EXPONENT_LIMIT.
 template <int R> INLINE void exp2_product(const Float (&g)[R], Float exponent, Float (&out)[R]) {
     Float f[R];
     Int shift[R];
-    for (int i = 0; i < R; i++) {
+    EACH(R) {
         Float n = fma(g[i], exponent, all(ROUNDER));
         shift[i] = (Int)n << 23;
         n -= ROUNDER;
         f[i] = fma(g[i], exponent, -n);
     }
     horner(EXP2, f, out);
-    for (int i = 0; i < R; i++) out[i] = (Float)((Int)out[i] + shift[i]);
+    EACH(R) out[i] = (Float)((Int)out[i] + shift[i]);
 }
 
 // The same, to the bit, and for any other product: underflows through the denormals to 0, overflows to infinity. It is scaled by
@@ -105,15 +106,18 @@ template <int MODE> INLINE Float damped_by(Float z) {
 // What depends on the feature alone, for a tile of features; lanes past the last feature are 0 and compute 0.
 template <int TILE> struct Features {
     alignas(64) float amplitude[TILE], frequency[TILE], damping[TILE];
-    alignas(64) float high[TILE], low[TILE];  // frequency / pi
-    alignas(64) float exponent[TILE];         // -damping * log2(e)
-    alignas(64) float near[TILE];             // |z| below it: no care is needed
-    alignas(64) float far[TILE];              // |z| below it: 2^x may underflow
+    alignas(64) float high[TILE], low[TILE];    // frequency / pi
+    alignas(64) float exponent[TILE];           // -damping * log2(e)
+    alignas(64) float steepness[TILE];          // amplitude * frequency
+    alignas(64) float decay[TILE];              // -amplitude * damping
+    alignas(64) float near[TILE];               // |z| below it: no care is needed, and what comes out is no NaN
+    alignas(64) float far[TILE];                // |z| below it: 2^x may underflow, but nothing overflows
 
     void fill(const float* a, const float* f, const float* d, int64_t count) {
         for (int64_t i = 0; i < count; i += WIDTH) {
             int64_t lanes = count - i;
             bool whole = lanes >= WIDTH;
+            Float wide_a = whole ? load(a + i) : load(a + i, lanes);
             Float wide_f = whole ? load(f + i) : load(f + i, lanes), wide_d = whole ? load(d + i) : load(d + i, lanes);
             Double half_turns = __builtin_convertvector(wide_f, Double) * 0.31830988618379067;
             // 20 bits of fraction are kept; what a double has below its first 20 is 33 bits.
@@ -122,16 +126,21 @@ template <int TILE> struct Features {
             Float h = __builtin_convertvector(top, Float);
             Int sign = (Int)h & INT32_MIN;
             Float e = wide_d * -LOG2_E;
-            Float turns = TURNS_LIMIT / abs(h), exponents = EXPONENT_LIMIT / abs(e);
-            store(amplitude + i, whole ? load(a + i) : load(a + i, lanes));
+            Float steep = wide_a * wide_f, slope = -wide_a * wide_d;
+            Float turns = TURNS_LIMIT / abs(h), exponents = (e <= 0 ? all(EXPONENT_LIMIT) : all(GROWTH_LIMIT)) / abs(e);
+            // Parameters whose products overflow, or are NaN, are left to double.
+            Int is_tame = (abs(steep) < INFINITY) & (abs(slope) < INFINITY) & (abs(wide_a) < (e <= 0 ? all(INFINITY) : all(0x1p60f)));
+            store(amplitude + i, wide_a);
             store(frequency + i, wide_f);
             store(damping + i, wide_d);
             store(high + i, h);
             store(low + i, (Float)(((Int)rest & INT32_MAX) | sign));
             store(exponent + i, e);
-            store(near + i, turns < exponents ? turns : exponents);
-            // A negative damping grows; its overflow is left to the careful path.
-            store(far + i, e <= 0 ? turns : (turns < exponents ? turns : exponents));
+            Float nearest = is_tame ? (turns < exponents ? turns : exponents) : Float{};
+            store(steepness + i, steep);
+            store(decay + i, slope);
+            store(near + i, nearest);
+            store(far + i, is_tame && e <= 0 ? turns : nearest);
         }
     }
 };

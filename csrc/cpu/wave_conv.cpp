@@ -5,6 +5,7 @@
 // convolution, writes its gradient dz in float and adds up the parameters' gradients, in blocks and slabs of tokens that follow
 // from their number alone; the second gathers dx from dz.
 #include "../kernels.h"
+#include "../memory.h"
 #include "../threads.h"
 #include "damped_sine.h"
 
@@ -12,6 +13,7 @@ namespace PSANN_NAMESPACE {
 namespace {
 
 constexpr int TILE = 256;
+constexpr int PAIR = 2;  // tokens that go through each step together
 constexpr int MAX_TAPS = WAVE_CONV_MAX_TAPS;
 constexpr int64_t BLOCK_TOKENS = 64;
 constexpr int64_t MAX_SLABS = 32;
@@ -97,7 +99,8 @@ template <class T, int MODE> static void forward(const WaveConvForward& f) {
                 int64_t lanes = columns - c < WIDTH ? columns - c : WIDTH;
                 Float z[PAIR], out[PAIR];
                 for (int i = 0; i < PAIR; i++) z[i] = convolve(taps, static_cast<int>(a.taps), from[i], c, lanes);
-                forward_vectors<MODE>(features, c, z, out);
+                if (near(features, c, z)) forward_vectors<MODE, true>(features, c, z, out);
+                else forward_vectors<MODE, false>(features, c, z, out);
                 for (int i = 0; i < PAIR; i++) lanes == WIDTH ? store(to[i] + c, out[i]) : store(to[i] + c, out[i], lanes);
             }
         }
@@ -150,7 +153,8 @@ template <class T, int MODE> static void backward(const WaveConvBackward& b) {
                     down[i] = lanes == WIDTH ? load(p) : load(p, lanes);
                 }
                 Gradient out[PAIR];
-                backward_vectors<MODE>(features, c, z, down, out);
+                if (near(features, c, z)) backward_vectors<MODE, true>(features, c, z, down, out);
+                else backward_vectors<MODE, false>(features, c, z, down, out);
                 for (int i = 0; i < PAIR; i++) {
                     float* p = dz + (t + (i & pair)) * a.features + column + c;
                     lanes == WIDTH ? store(p, out[i].dz) : store(p, out[i].dz, lanes);

@@ -263,3 +263,20 @@ def test_opcheck_paged():
     torch.library.opcheck(op("paged_attention"), (q, k_cache, v_cache, table, seq_lens, cu_seqlens_q, None, None, True, 0.2, 0, None))
     k, v = draw(3, 2, 40), draw(3, 2, 40)
     torch.library.opcheck(op("paged_append"), (k, v, k_cache, v_cache, torch.tensor([3, -1, 17]), None, None, None, True))
+
+
+@needs_native
+@pytest.mark.parametrize("mode", ["abs", "relu", "none"])
+def test_extreme_parameters_of_the_sine(mode):
+    """Amplitudes whose product with the envelope leaves float32 though the result does not, and damping that makes it grow."""
+    from sine_bound import judge
+
+    rows = [(a, f, d) for a in (1e30, -1e-30, 2e-38, 1.0) for f in (1e-12, 7.0, 1e5) for d in (-30.0, -1e-3, 0.0, 40.0)]
+    amplitude, frequency, damping = (torch.tensor(column) for column in zip(*rows))
+    # |z| up to 2: the largest results stay within float32, as do those times the frequency.
+    z = torch.cat([torch.linspace(-2, 2, 41), torch.tensor([1e-30, -1e-12])])[:, None].expand(43, len(rows)).contiguous()
+    leaves = [t.requires_grad_() for t in (z, amplitude, frequency, damping)]
+    y = damped_sine(*leaves, mode=mode, backend="native")
+    dy = torch.full_like(y, 1e-6)
+    truth = judge(z.detach(), amplitude.detach(), frequency.detach(), damping.detach(), dy, mode)
+    truth.check(f"native {mode}", y.detach(), torch.autograd.grad(y, z, dy, retain_graph=True)[0], in_turns=True)
