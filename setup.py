@@ -4,6 +4,8 @@ Imports no torch, so it installs into an empty environment. A kernel that cannot
 reason is recorded where `explain` finds it. Environment:
 
     PSANN_FAST_NATIVE   auto (default) builds if it can; 1 makes a failed build fatal; 0 builds nothing
+    PSANN_FAST_CUDA     auto (default) builds csrc/cuda where nvcc and a GPU are, for that GPU; 1 builds it for all of CUDA_TARGETS,
+                        and a failed build is fatal; 0 does not. A list like 80,90 builds for those.
     CXX                 the C++ compiler, GCC or Clang; default: the first of c++, g++, clang++ on the path
 """
 
@@ -42,8 +44,12 @@ INSTRUCTION_SETS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     # gcc 12 warns about its own header's undefined vectors.
-    "avx512": ["-Wno-maybe-uninitialized", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    "avx512": ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
+
+
+CUDA_COMPILE = "-std=c++17 -O3 -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall".split()
+CUDA_TARGETS = (80, 86, 89, 90, 100, 120)
 
 
 class BuildFailed(Exception):
@@ -108,7 +114,7 @@ def ninja_file(folder, compiler, target, source_hash):
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         for isa in isas:
             compile_edge(source, f"{source.stem}.{isa}", [*INSTRUCTION_SETS[isa], f"-DPSANN_NAMESPACE={isa}"])
-    for name in ("threads", "checks"):
+    for name in ("threads", "memory", "checks"):
         compile_edge(CSRC / f"{name}.cpp", name, ["-O2"])
     compile_edge(CSRC / "dispatch.cpp", "dispatch", ["-O2", *has])
     compile_edge(CSRC / "bindings.cpp", "bindings", ["-O2", *python])
@@ -118,6 +124,48 @@ def ninja_file(folder, compiler, target, source_hash):
         + "\n".join(edges)
         + f"\nbuild {path(target)}: link {' '.join(objects)}\n"
     )
+
+
+def cuda_targets(wanted):
+    """The architectures to compile csrc/cuda for; raises BuildFailed where it is not to be built."""
+    if wanted == "0":
+        raise BuildFailed("it was installed with PSANN_FAST_CUDA=0, which skips the CUDA kernels")
+    if shutil.which("nvcc") is None:
+        raise BuildFailed("nvcc is not on the path; install CUDA's toolkit and set PSANN_FAST_CUDA=1")
+    if wanted == "1":
+        return CUDA_TARGETS
+    if wanted != "auto":
+        return tuple(sorted(int(word) for word in wanted.split(",")))
+    if shutil.which("nvidia-smi") is None:
+        raise BuildFailed("no GPU was visible at install; PSANN_FAST_CUDA=1 builds the CUDA kernels all the same")
+    asked = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True)
+    found = tuple(sorted({int(word.replace(".", "")) for word in asked.stdout.split() if word.replace(".", "").isdigit()}))
+    if not found:
+        raise BuildFailed("no GPU was visible at install; PSANN_FAST_CUDA=1 builds the CUDA kernels all the same")
+    return found
+
+
+def build_cuda(folder, target, source_hash, targets):
+    """Compile csrc/cuda with nvcc, PTX of the newest target included, and link `target`. Raises BuildFailed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    codes = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
+    codes.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
+    python = [f"-I{find_pybind11()}", f"-I{sysconfig.get_paths()['include']}", f'-DPSANN_SOURCE_HASH="{source_hash}"']
+    commands, objects = [], []
+    for source in sorted([*(CSRC / "cuda").glob("*.cu"), CSRC / "cuda" / "bindings.cpp"]):
+        objects.append(str(folder / f"{source.stem}.cuda.o"))
+        own = codes if source.suffix == ".cu" else python
+        commands.append(["nvcc", *CUDA_COMPILE, *own, f"-I{CSRC}", "-c", str(source), "-o", objects[-1]])
+    # The runtime is linked in, so that no other copy of it is needed; the context is the one that torch made.
+    commands.append(["nvcc", "-shared", "-cudart", "static", *objects, "-o", str(target)])
+    started = time.monotonic()
+    for command in commands:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            print(done.stdout)
+            raise BuildFailed(f"nvcc failed: {first_error(done.stdout)}")
+    return {"seconds": round(time.monotonic() - started, 1), "bytes": target.stat().st_size, "targets": list(targets)}
 
 
 def first_error(output):
@@ -158,7 +206,7 @@ class BuildNative(build_ext):
         super().run()
 
     def build_extensions(self):
-        (extension,) = self.extensions
+        extension, cuda_extension = self.extensions
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         wanted = os.environ.get("PSANN_FAST_NATIVE", "auto")
         if wanted not in ("0", "1", "auto"):
@@ -175,11 +223,38 @@ class BuildNative(build_ext):
                 print(f"psann-fast installs without native kernels: {failure}")
                 record = {"status": "failed", "reason": str(failure)}
         if record["status"] != "built":
-            self.extensions = []
+            self.extensions.remove(extension)
+        record["cuda"] = self.build_cuda_extension(cuda_extension, wanted, record["status"] == "built")
+        if record["cuda"]["status"] != "built":
+            self.extensions.remove(cuda_extension)
         folders = {target.parent} | ({ROOT / PACKAGE} if self.in_source else set())
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
             native_build.write_record(folder, **record, source_hash=source_hash)
+
+
+    def build_cuda_extension(self, extension, native, is_native_built):
+        """What the record says of the CUDA kernels."""
+        wanted = os.environ.get("PSANN_FAST_CUDA", "0" if native == "0" else "auto")
+        if not (wanted in ("0", "1", "auto") or all(word.isdigit() for word in wanted.split(","))):
+            raise SystemExit(f"PSANN_FAST_CUDA is {wanted!r}; it must be 0 (no), 1 (all targets), auto, or targets such as 80,90")
+        source_hash = native_build.source_hash(CSRC, cuda=True)
+        try:
+            targets = cuda_targets(wanted)
+            if not is_native_built:
+                raise BuildFailed("they are loaded beside the C++ kernels, which were not built")
+        except BuildFailed as failure:
+            if wanted not in ("0", "auto"):
+                raise SystemExit(f"PSANN_FAST_CUDA={wanted}, and the CUDA kernels cannot be built: {failure}") from failure
+            return {"status": "skipped", "reason": str(failure), "source_hash": source_hash}
+        try:
+            target = Path(self.get_ext_fullpath(extension.name)).resolve()
+            details = build_cuda(Path(self.build_temp).resolve() / "cuda", target, source_hash, targets)
+        except BuildFailed as failure:
+            if wanted != "auto":
+                raise SystemExit(f"PSANN_FAST_CUDA={wanted}, and the CUDA kernels cannot be built: {failure}") from failure
+            return {"status": "failed", "reason": str(failure), "source_hash": source_hash}
+        return {"status": "built", "reason": None, **details, "source_hash": source_hash}
 
 
 def sources():
@@ -191,6 +266,6 @@ setup(
     packages=find_packages(include=["psann_fast", "psann_fast.*"]) + ["psann_kernels"],
     package_dir={"psann_kernels": PACKAGE},
     package_data={"psann_fast": ["py.typed", "presets/*.yaml", "generate/server/*.html"], "psann_kernels": ["py.typed", "metadata.json"]},
-    ext_modules=[Extension("psann_kernels._native", sources=sources())],
+    ext_modules=[Extension("psann_kernels._native", sources=sources()), Extension("psann_kernels._native_cuda", sources=[])],
     cmdclass={"build_ext": BuildNative},
 )

@@ -1,123 +1,54 @@
-// psann_kernels._native: unpacks arguments, computes nothing. Addresses are integers; native.py checked what they point to.
+// psann_kernels._native: unpacks arguments, computes nothing. Every kernel takes its numbers, then the number of threads.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdint.h>
-
-#include <array>
-
+#include "arguments.h"
 #include "checks.h"
-#include "kernels.h"
 #include "threads.h"
 
 namespace py = pybind11;
 
 namespace {
 
-template <class T> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
-
-void damped_sine_forward(uintptr_t z, uintptr_t amplitude, uintptr_t frequency, uintptr_t damping, uintptr_t y, int64_t rows,
-                         int64_t features, int64_t z_stride, int type, int mode, int threads) {
-    kernels().damped_sine_forward({at<void>(z), at<float>(amplitude), at<float>(frequency), at<float>(damping), at<void>(y), rows,
-                                   features, z_stride, static_cast<Type>(type), mode, threads});
-}
-
-void damped_sine_backward(uintptr_t z, uintptr_t dy, uintptr_t amplitude, uintptr_t frequency, uintptr_t damping, uintptr_t dz,
-                          uintptr_t damplitude, uintptr_t dfrequency, uintptr_t ddamping, int64_t rows, int64_t features,
-                          int64_t z_stride, int64_t dy_stride, int type, int mode, int threads) {
-    kernels().damped_sine_backward({at<void>(z), at<void>(dy), at<float>(amplitude), at<float>(frequency), at<float>(damping),
-                                    at<void>(dz), at<float>(damplitude), at<float>(dfrequency), at<float>(ddamping), rows, features,
-                                    z_stride, dy_stride, static_cast<Type>(type), mode, threads});
-}
-
-void rms_norm_forward(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t y, uintptr_t h, int64_t rows, int64_t features,
-                      int64_t x_stride, int64_t residual_stride, float eps, int type, int weight_type, int threads) {
-    kernels().rms_norm_forward({at<void>(x), at<void>(residual), at<void>(weight), at<void>(y), at<void>(h), rows, features, x_stride,
-                                residual_stride, eps, static_cast<Type>(type), static_cast<Type>(weight_type), threads});
-}
-
-void rms_norm_backward(uintptr_t h, uintptr_t dy, uintptr_t dh_in, uintptr_t weight, uintptr_t dh, uintptr_t dweight, int64_t rows,
-                       int64_t features, int64_t h_stride, int64_t dy_stride, int64_t dh_in_stride, float eps, int type,
-                       int weight_type, int threads) {
-    kernels().rms_norm_backward({at<void>(h), at<void>(dy), at<void>(dh_in), at<void>(weight), at<void>(dh), at<float>(dweight), rows,
-                                 features, h_stride, dy_stride, dh_in_stride, eps, static_cast<Type>(type),
-                                 static_cast<Type>(weight_type), threads});
-}
-
-// WaveConv's members in order. No class is bound: the module may be loaded under two names, and a type is registered once.
-using WaveConvNumbers = std::array<int64_t, 17>;
-
-WaveConv wave_conv(const WaveConvNumbers& n) {
-    auto address = [&](int i) { return static_cast<uintptr_t>(n[i]); };
-    return {at<void>(address(0)), at<void>(address(1)), at<float>(address(2)), at<float>(address(3)), at<float>(address(4)),
-            at<float>(address(5)), at<float>(address(6)), at<int32_t>(address(7)), n[8], n[9], n[10], n[11], n[12], n[13], n[14],
-            static_cast<Type>(n[15]), static_cast<int>(n[16])};
-}
-
-void wave_conv_forward(const WaveConvNumbers& conv, uintptr_t y, int threads) {
-    kernels().wave_conv_forward({wave_conv(conv), at<void>(y), threads});
-}
-
-void wave_conv_backward(const WaveConvNumbers& conv, uintptr_t dy, uintptr_t dx, uintptr_t dweight, uintptr_t dbias,
-                        uintptr_t damplitude, uintptr_t dfrequency, uintptr_t ddamping, int64_t dy_stride, int threads) {
-    kernels().wave_conv_backward({wave_conv(conv), at<void>(dy), at<void>(dx), at<float>(dweight), at<float>(dbias),
-                                  at<float>(damplitude), at<float>(dfrequency), at<float>(ddamping), dy_stride, threads});
-}
-
-using Strides = std::array<int64_t, 3>;
-
-Cache cache(uintptr_t data, const Strides& strides) { return {at<void>(data), strides[0], strides[1], strides[2]}; }
-
-void paged_append(uintptr_t k, uintptr_t v, uintptr_t k_cache, Strides k_strides, uintptr_t v_cache, Strides v_strides,
-                  uintptr_t slot_mapping, uintptr_t positions, uintptr_t cos, uintptr_t sin, bool interleaved, int64_t tokens,
-                  int64_t heads, int64_t head_dim, int64_t block_size, int64_t num_blocks, int64_t max_position, int64_t k_stride,
-                  int64_t k_head_stride, int64_t v_stride, int64_t v_head_stride, int type, int threads) {
-    PagedAppend a = {at<void>(k), at<void>(v), cache(k_cache, k_strides), cache(v_cache, v_strides), at<int64_t>(slot_mapping),
-                     at<int64_t>(positions), {at<float>(cos), at<float>(sin), interleaved}, tokens, heads, head_dim, block_size,
-                     k_stride, k_head_stride, v_stride, v_head_stride, static_cast<Type>(type), threads};
-    check_paged_append(a, num_blocks, max_position);
-    kernels().paged_append(a);
-}
-
-void paged_attention(uintptr_t q, uintptr_t k_cache, Strides k_strides, uintptr_t v_cache, Strides v_strides, uintptr_t block_table,
-                     uintptr_t seq_lens, uintptr_t cu_seqlens_q, uintptr_t alibi_slopes, uintptr_t o, uintptr_t cos, uintptr_t sin,
-                     bool interleaved, int64_t rows, int64_t sequences, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                     int64_t block_size, int64_t num_blocks, int64_t max_blocks, int64_t max_position, int64_t table_stride,
-                     int64_t q_stride, int64_t q_head_stride, int64_t window, float softmax_scale, int type, int threads) {
-    PagedAttention a = {at<void>(q), cache(k_cache, k_strides), cache(v_cache, v_strides), at<int32_t>(block_table),
-                        at<int32_t>(seq_lens), at<int32_t>(cu_seqlens_q), at<float>(alibi_slopes), at<void>(o),
-                        {at<float>(cos), at<float>(sin), interleaved}, rows, sequences, heads, kv_heads, head_dim, block_size,
-                        table_stride, q_stride, q_head_stride, window, softmax_scale, static_cast<Type>(type), threads};
-    check_paged_attention(a, num_blocks, max_blocks, max_position);
-    kernels().paged_attention(a);
-}
-
-void linear(uintptr_t x, uintptr_t weight, uintptr_t scale, uintptr_t bias, uintptr_t y, int64_t rows, int64_t inputs, int64_t outputs,
-            int64_t x_stride, int64_t weight_stride, int type, int weight_type, int threads) {
-    kernels().linear({at<void>(x), at<void>(weight), at<float>(scale), at<float>(bias), at<void>(y), rows, inputs, outputs, x_stride,
-                      weight_stride, static_cast<Type>(type), static_cast<Type>(weight_type), threads});
+template <class Arguments, class... Numbers>
+void bind(py::module_& m, const char* name, Arguments (*unpack)(Numbers...), void (*run)(const Arguments&)) {
+    // Other threads of Python run while a kernel does.
+    m.def(
+        name,
+        [unpack, run](Numbers... numbers, int threads) {
+            Arguments a = unpack(numbers...);
+            a.threads = threads;
+            run(a);
+        },
+        py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace
 
+#define PSANN_BIND(name, Arguments) bind(m, #name, &arguments::name, +[](const Arguments& a) { kernels().name(a); });
+
 PYBIND11_MODULE(_native, m) {
-    // Other threads of Python run while a kernel does.
-    using Released = py::call_guard<py::gil_scoped_release>;
     m.doc() = "C++ kernels; see native.py";
     m.attr("source_hash") = PSANN_SOURCE_HASH;
+    m.attr("wave_conv_max_taps") = WAVE_CONV_MAX_TAPS;
     m.def("share_openmp", &share_openmp);
     m.def("threading", &threading);
     m.def("use_isa", &use_isa);
     m.def("isa", [] { return kernels().isa; });
     m.def("usable_isas", &usable_isas);
-    m.def("damped_sine_forward", &damped_sine_forward, Released());
-    m.def("damped_sine_backward", &damped_sine_backward, Released());
-    m.def("rms_norm_forward", &rms_norm_forward, Released());
-    m.def("rms_norm_backward", &rms_norm_backward, Released());
-    m.attr("wave_conv_max_taps") = WAVE_CONV_MAX_TAPS;
-    m.def("wave_conv_forward", &wave_conv_forward, Released());
-    m.def("wave_conv_backward", &wave_conv_backward, Released());
-    m.def("paged_append", &paged_append, Released());
-    m.def("paged_attention", &paged_attention, Released());
-    m.def("linear", &linear, Released());
+    PSANN_BIND(damped_sine_forward, DampedSineForward)
+    PSANN_BIND(damped_sine_backward, DampedSineBackward)
+    PSANN_BIND(rms_norm_forward, RmsNormForward)
+    PSANN_BIND(rms_norm_backward, RmsNormBackward)
+    PSANN_BIND(wave_conv_forward, WaveConvForward)
+    PSANN_BIND(wave_conv_backward, WaveConvBackward)
+    PSANN_BIND(linear, Linear)
+    bind(m, "paged_append", &arguments::paged_append, +[](const PagedAppend& a) {
+        check_paged_append(a);
+        kernels().paged_append(a);
+    });
+    bind(m, "paged_attention", &arguments::paged_attention, +[](const PagedAttention& a) {
+        check_paged_attention(a);
+        kernels().paged_attention(a);
+    });
 }

@@ -4,5 +4,5 @@
 
 #include "kernels.h"
 
-void check_paged_append(const PagedAppend&, int64_t num_blocks, int64_t max_position);
-void check_paged_attention(const PagedAttention&, int64_t num_blocks, int64_t max_blocks, int64_t max_position);
+void check_paged_append(const PagedAppend&);
+void check_paged_attention(const PagedAttention&);

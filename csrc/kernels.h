@@ -97,6 +97,7 @@ struct PagedAppend {
     int64_t k_stride, k_head_stride, v_stride, v_head_stride;
     Type type;
     int threads;
+    int64_t num_blocks, max_position;  // what slot_mapping and positions must stay below
 };
 
 struct PagedAttention {
@@ -111,6 +112,7 @@ struct PagedAttention {
     float softmax_scale;
     Type type;
     int threads;
+    int64_t num_blocks, max_blocks, max_position;  // blocks in the cache, in a row of block_table; rows of the rotary tables
 };
 
 // y (rows, outputs) = x (rows, inputs) weight^T * scale + bias, summed in float.

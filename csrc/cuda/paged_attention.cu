@@ -39,7 +39,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) attend(PagedAttent
     Shape s = shape_of(a, b);
     if (s.tokens <= 0 || s.length == 0 || split * SPLIT >= s.length) return;
     const int32_t* table = a.block_table + b * a.table_stride;
-    for (int64_t row = 0; row < s.tokens * group; row++) {
+    for (int64_t row = 0; row < min(s.tokens, max_tokens) * group; row++) {
         int64_t position = s.length - s.tokens + row / group, head = kv_head * group + row % group;
         const T* q_row = static_cast<const T*>(a.q) + (s.first_row + row / group) * a.q_stride + head * a.q_head_stride;
         float q[MAX_LANE_FEATURES], o[MAX_LANE_FEATURES] = {}, largest = -INFINITY, sum = 0;
@@ -89,7 +89,14 @@ template <class T> __global__ void __launch_bounds__(THREADS) merge(PagedAttenti
     Shape s = shape_of(a, b);
     int64_t used = min(splits, (s.length + SPLIT - 1) / SPLIT), width = a.head_dim + 2;
     for (int64_t i = threadIdx.x; i < s.tokens * group * a.head_dim; i += THREADS) {
-        int64_t row = i / a.head_dim, d = i % a.head_dim, step = max_tokens * group * width;
+        int64_t row = i / a.head_dim, d = i % a.head_dim;
+        T* o = static_cast<T*>(a.o) + ((s.first_row + row / group) * a.heads + kv_head * group + row % group) * a.head_dim + d;
+        if (row >= max_tokens * group) {
+            // The host cannot see that a sequence has more new tokens than there is room for; its rows must not look right.
+            *o = narrow<T>(NAN);
+            continue;
+        }
+        int64_t step = max_tokens * group * width;
         const float* first = partial + ((b * a.kv_heads + kv_head) * splits * max_tokens * group + row) * width;
         float highest = -INFINITY, total = 0, x = 0;
         for (int64_t k = 0; k < used; k++) highest = fmaxf(highest, first[k * step]);
@@ -99,7 +106,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) merge(PagedAttenti
             total += first[k * step + 1] * factor;
             x += first[k * step + 2 + d] * factor;
         }
-        static_cast<T*>(a.o)[((s.first_row + row / group) * a.heads + kv_head * group + row % group) * a.head_dim + d] = narrow<T>(used == 0 ? 0.0f : x / total);
+        *o = narrow<T>(used == 0 ? 0.0f : x / total);
     }
 }
 

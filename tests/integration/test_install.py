@@ -33,6 +33,7 @@ def checkout(tmp_path):
 
 def python(*arguments, cwd, timeout=900, executable=sys.executable, **environment):
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CXX", "PSANN_FAST_NATIVE", "PSANN_FAST_CUDA")}
+    env["PSANN_FAST_CUDA"] = "0"  # a machine with a GPU would build the CUDA kernels for minutes
     return subprocess.run(
         [executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**env, **environment}
     )
@@ -68,6 +69,18 @@ def test_it_can_be_skipped(checkout):
     assert record is None and "PSANN_FAST_NATIVE is 'yes'; it must be 0" in said
 
 
+def test_cuda_kernels_are_built_on_request_alone(checkout):
+    record, _ = build(checkout, PSANN_FAST_NATIVE="0")
+    assert record["cuda"]["status"] == "skipped" and "PSANN_FAST_CUDA=0" in record["cuda"]["reason"]
+    # No compiler and no nvidia-smi on the path.
+    record, _ = build(checkout, PSANN_FAST_NATIVE="0", PSANN_FAST_CUDA="auto", PATH="")
+    assert record["cuda"]["status"] == "skipped" and "nvcc is not on the path" in record["cuda"]["reason"]
+    record, said = build(checkout, PSANN_FAST_NATIVE="0", PSANN_FAST_CUDA="1", PATH="")
+    assert record is None and "PSANN_FAST_CUDA=1, and the CUDA kernels cannot be built: nvcc is not on the path" in said
+    record, said = build(checkout, PSANN_FAST_NATIVE="0", PSANN_FAST_CUDA="yes")
+    assert record is None and "PSANN_FAST_CUDA is 'yes'; it must be" in said
+
+
 def test_setup_needs_no_torch(checkout):
     blocked = checkout.parent / "blocked"
     blocked.mkdir()
@@ -92,6 +105,8 @@ from pathlib import Path
 z, one = torch.randn(4, 33), torch.ones(33)
 rows = {r["backend"]: r for r in psann_kernels.explain("damped_sine", z, one, one, one)}
 psann_kernels.damped_sine(z, one, one, one)
+record = psann_kernels.native.read_record(psann_kernels.native.FOLDER)
+assert (psann_kernels.native.CUDA is not None) == (record["cuda"]["status"] == "built"), psann_kernels.native.WHY_NO_CUDA
 print(json.dumps([rows["native"]["serves"], rows["native"]["reason"], str(Path(psann_kernels.__file__).parent)]))
 """
 # name: (what is installed, environment, whether native must serve, what the reason must say)
@@ -102,6 +117,7 @@ MATRIX = {
     "no compiler": ("wheel", {"CXX": "no-such-compiler"}, "no", "no C++ compiler was found"),
     "compile error": ("wheel", {"CXX": "c++ -include no-such-header.h"}, "no", "no-such-header.h"),
     "skipped": ("editable", {"PSANN_FAST_NATIVE": "0"}, "no", "PSANN_FAST_NATIVE=0"),
+    **({"compiler and nvcc": ("wheel", {"PSANN_FAST_CUDA": "90"}, "yes", "serves")} if shutil.which("nvcc") else {}),
 }
 
 
@@ -128,5 +144,6 @@ def test_install_matrix(case, checkout, tmp_path, campaign):
         got_serves, got_reason, folder = json.loads(done.stdout.splitlines()[-1])
         assert str(ROOT) not in folder and got_serves == serves and reason in got_reason, (got_serves, got_reason, folder)
         record = json.loads((Path(folder) / RECORD).read_text())
-        print(case, {k: record.get(k) for k in ("status", "seconds", "bytes", "compiler", "reason")})
+        assert (record["cuda"]["status"] == "built") == ("PSANN_FAST_CUDA" in environment), record["cuda"]
+        print(case, {k: record.get(k) for k in ("status", "seconds", "bytes", "compiler", "reason", "cuda")})
         return

@@ -14,7 +14,7 @@ from torch import Tensor
 from .damped_sine import MODES, OP
 from .direct import shortcut
 from .library import define
-from .native import NATIVE, TYPES, refuses_device, refuses_dtype, rows_of
+from .native import TYPES, launch, refuses_device, refuses_dtype, rows_of
 
 
 def _forward(z: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, mode: str) -> Tensor:
@@ -23,9 +23,10 @@ def _forward(z: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, m
         return y
     memory, rows, stride = rows_of(z)
     amplitude, frequency, damping = (t.contiguous() for t in (amplitude, frequency, damping))
-    NATIVE.damped_sine_forward(
+    launch(
+        "damped_sine_forward", z,
         memory.data_ptr(), amplitude.data_ptr(), frequency.data_ptr(), damping.data_ptr(), y.data_ptr(), rows, z.shape[-1], stride,
-        TYPES[z.dtype], MODES.index(mode), torch.get_num_threads(),
+        TYPES[z.dtype], MODES.index(mode),
     )  # fmt: skip
     return y
 
@@ -39,10 +40,11 @@ def _backward(
         return dz, *(t.zero_() for t in gradients)
     (memory, rows, stride), (dy_memory, _, dy_stride) = rows_of(z), rows_of(dy)
     amplitude, frequency, damping = (t.contiguous() for t in (amplitude, frequency, damping))
-    NATIVE.damped_sine_backward(
+    launch(
+        "damped_sine_backward", z,
         memory.data_ptr(), dy_memory.data_ptr(), amplitude.data_ptr(), frequency.data_ptr(), damping.data_ptr(), dz.data_ptr(),
         *[t.data_ptr() for t in gradients], rows, z.shape[-1], stride, dy_stride,
-        TYPES[z.dtype], MODES.index(mode), torch.get_num_threads(),
+        TYPES[z.dtype], MODES.index(mode), scratch=lambda cuda: cuda.damped_sine_partials(rows) * 3 * z.shape[-1],
     )  # fmt: skip
     return dz, *gradients
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .direct import shortcut
 from .library import define
 from .linear import OP
-from .native import NATIVE, TYPES, address, refuses_device, refuses_dtype, rows_of
+from .native import TYPES, address, launch, refuses_device, refuses_dtype, rows_of
 
 WEIGHT_TYPES = {**TYPES, torch.int8: 3}
 # More rows reuse each weight enough for a matrix product that blocks for the caches to be faster.
@@ -31,9 +31,10 @@ def _forward(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | Non
     (memory, rows, stride), (weight, _, weight_stride) = rows_of(x), rows_of(weight)
     scale = None if scale is None else scale.contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    NATIVE.linear(
-        memory.data_ptr(), weight.data_ptr(), address(scale), address(bias), y.data_ptr(), rows, inputs, outputs, stride, weight_stride,
-        TYPES[x.dtype], WEIGHT_TYPES[weight.dtype], torch.get_num_threads(),
+    launch(
+        "linear", x,
+        memory.data_ptr(), weight.data_ptr(), address(scale), address(bias), y.data_ptr(), rows, inputs, outputs, stride,
+        weight_stride, TYPES[x.dtype], WEIGHT_TYPES[weight.dtype],
     )  # fmt: skip
     return y
 
@@ -71,6 +72,8 @@ def refuses(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Ten
         return f"x has {rows} rows; the kernel serves 1 to {MAX_ROWS}, more are a matter for a matrix product"
     if weight.dtype not in WEIGHT_TYPES:
         return f"weight is {weight.dtype}; the kernel serves float32, bfloat16, float16 and int8"
+    if x.is_cuda:
+        return f"the tensors are on {x.device}; the kernel runs on the CPU, a GPU multiplies few rows fast by itself"
     return refuses_device(x) or refuses_dtype("x", x)
 
 

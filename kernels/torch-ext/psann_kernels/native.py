@@ -1,7 +1,9 @@
-"""Loads `_native`, the kernels of csrc, or says why it cannot be. The *_native.py files offer its kernels to the registry.
+"""Loads `_native` and `_native_cuda`, the kernels of csrc, or says why it cannot be. The *_native.py files offer them to the registry.
 
 The kernels know no torch: each *_native.py checks device, dtype and layout, allocates, and passes addresses, sizes and strides.
-They run on torch's own OpenMP threads, as many as torch.get_num_threads() says, and give the same bits for any number of them.
+On a CPU they run on torch's own OpenMP threads, as many as torch.get_num_threads() says, and give the same bits for any number
+of them. On a GPU they run on torch's current stream and can be captured in a graph. No GPU has run the CUDA kernels yet: they
+compile for every target without warnings (test_native_cuda.py), and serve only calls that name backend="native".
 
 Environment:
 
@@ -14,6 +16,7 @@ import importlib
 import os
 from pathlib import Path
 from types import ModuleType
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
@@ -59,7 +62,28 @@ def instruction_sets(native: ModuleType) -> list[str]:
     return native.usable_isas().split()
 
 
+def load_cuda(folder: Path = FOLDER) -> tuple[ModuleType | None, str]:
+    """(`_native_cuda`, "") or (None, why there is none)."""
+    record = read_record(folder)
+    cuda = None if record is None else record.get("cuda")
+    if cuda is None:
+        return None, f"the CUDA kernels were never built here; PSANN_FAST_CUDA=1 {_REBUILD}"
+    if cuda["status"] != "built":
+        return None, f"the CUDA kernels were not built: {cuda['reason']}"
+    csrc = checkout_sources(folder)
+    if csrc is not None and source_hash(csrc, cuda=True) != cuda["source_hash"]:
+        return None, f"the CUDA kernels are stale: csrc changed after they were built; {_REBUILD} anew"
+    try:
+        module = importlib.import_module("._native_cuda", __package__)
+    except ImportError as error:
+        return None, f"the CUDA kernels were built but do not load: {error}"
+    if module.source_hash != cuda["source_hash"]:
+        return None, f"the CUDA kernels are stale: _native_cuda was built from other sources than the record says; {_REBUILD} anew"
+    return module, ""
+
+
 NATIVE, WHY_NOT = load()
+CUDA, WHY_NO_CUDA = load_cuda()
 
 
 def attach(modules: dict[str, Op]) -> None:
@@ -69,6 +93,20 @@ def attach(modules: dict[str, Op]) -> None:
             op.unavailable["native"] = WHY_NOT
         else:
             importlib.import_module(f".{name}", __package__)
+
+
+def launch(name: str, t: Tensor, *numbers: Any, scratch: Callable[[ModuleType], int] | None = None) -> None:
+    """Run kernel `name` of t's device.
+
+    numbers   what csrc/arguments.h takes
+    scratch   gives the floats of scratch memory that the CUDA kernel needs, from `_native_cuda`; None: it needs none
+    """
+    if not t.is_cuda:
+        getattr(NATIVE, name)(*numbers, torch.get_num_threads())
+        return
+    with torch.cuda.device(t.device):
+        memory = None if scratch is None else torch.empty(scratch(CUDA), device=t.device)
+        getattr(CUDA, name)(*numbers, torch.cuda.current_stream().cuda_stream, address(memory))
 
 
 def address(t: Tensor | None) -> int:
@@ -92,13 +130,12 @@ def rows_of(t: Tensor) -> tuple[Tensor, int, int]:
 
 
 def refuses_device(t: Tensor) -> str | None:
-    """Why the C++ kernels cannot run on t's device, or None."""
+    """Why the kernels cannot run on t's device, or None."""
     if t.device.type == "cpu":
         return None
     if t.device.type == "cuda":
-        # They compile for every target (test_native_cuda.py); until a GPU has run them against the references they are not offered.
-        return f"the tensors are on {t.device}; csrc/cuda has kernels for it that no GPU has run yet, so they are not offered"
-    return f"the tensors are on {t.device}; the C++ kernels run on the CPU"
+        return None if CUDA is not None else f"the tensors are on {t.device}; {WHY_NO_CUDA}"
+    return f"the tensors are on {t.device}; the native kernels run on a CPU or with CUDA"
 
 
 def refuses_dtype(name: str, t: Tensor) -> str | None:

@@ -12,13 +12,14 @@ from typing import Any
 RECORD = "_native_build.json"
 
 
-def source_hash(csrc: Path) -> str:
-    """16 hexadecimal digits over the names and bytes of what `_native` is built from: equal for equal kernels, and for no others.
+def source_hash(csrc: Path, cuda: bool = False) -> str:
+    """16 hexadecimal digits over the names and bytes of what a module is built from: equal for equal kernels, and for no others.
 
-    csrc/cuda is no part of it: no build contains it yet.
+    cuda   of `_native_cuda`: everything; else of `_native`, of which csrc/cuda is no part
     """
     digest = hashlib.sha256()
-    for path in sorted(p for p in csrc.rglob("*") if p.suffix in (".h", ".cpp")):
+    suffixes = (".h", ".cpp", ".cu", ".cuh") if cuda else (".h", ".cpp")
+    for path in sorted(p for p in csrc.rglob("*") if p.suffix in suffixes and (cuda or p.parent.name != "cuda")):
         digest.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -28,7 +29,8 @@ def write_record(folder: Path, **record: Any) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The build's record: status "built", "failed" or "skipped", reason, source_hash, and how it was built. None: there was no build."""
+    """The build's record: status "built", "failed" or "skipped", reason, source_hash, and how it was built; "cuda" has the same of the
+    CUDA kernels. None: there was no build."""
     try:
         return json.loads((folder / RECORD).read_text())
     except FileNotFoundError:

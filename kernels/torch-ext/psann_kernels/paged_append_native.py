@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .direct import shortcut
 from .library import define
-from .native import NATIVE, TYPES, address, refuses_device, refuses_dtype
+from .native import TYPES, address, launch, refuses_device, refuses_dtype
 from .paged_attention import APPEND
 from .paged_attention_native import refuses_cache, tables, unit_heads
 
@@ -24,10 +24,11 @@ def _forward(
     k, v, slot_mapping = unit_heads(k), unit_heads(v), slot_mapping.contiguous()
     cos, sin, max_position = tables(cos, sin)
     positions = None if positions is None else positions.to(torch.int64).contiguous()
-    NATIVE.paged_append(
+    launch(
+        "paged_append", k,
         k.data_ptr(), v.data_ptr(), k_cache.data_ptr(), k_cache.stride()[:3], v_cache.data_ptr(), v_cache.stride()[:3],
         slot_mapping.data_ptr(), address(positions), address(cos), address(sin), interleaved, *k.shape, k_cache.shape[1],
-        k_cache.shape[0], max_position, *k.stride()[:2], *v.stride()[:2], TYPES[k.dtype], torch.get_num_threads(),
+        k_cache.shape[0], max_position, *k.stride()[:2], *v.stride()[:2], TYPES[k.dtype],
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .direct import shortcut
 from .library import define
-from .native import NATIVE, TYPES, address, refuses_device, refuses_dtype
+from .native import CUDA, TYPES, address, launch, refuses_device, refuses_dtype
 from .paged_attention import ATTENTION
 
 
@@ -41,11 +41,13 @@ def _forward(
     rows, heads, head_dim = q.shape
     num_blocks, block_size, kv_heads, _ = k_cache.shape
     sequences, max_blocks = block_table.shape
-    NATIVE.paged_attention(
+    launch(
+        "paged_attention", q,
         q.data_ptr(), k_cache.data_ptr(), k_cache.stride()[:3], v_cache.data_ptr(), v_cache.stride()[:3], block_table.data_ptr(),
         seq_lens.data_ptr(), cu_seqlens_q.data_ptr(), address(alibi_slopes), o.data_ptr(), address(cos), address(sin), interleaved,
         rows, sequences, heads, kv_heads, head_dim, block_size, num_blocks, max_blocks, max_position, block_table.stride(0),
-        *q.stride()[:2], window, softmax_scale, TYPES[q.dtype], torch.get_num_threads(),
+        *q.stride()[:2], window, softmax_scale, TYPES[q.dtype],
+        scratch=lambda cuda: cuda.paged_attention_partials(rows, sequences, heads, head_dim, max_blocks * block_size),
     )  # fmt: skip
     return o
 
@@ -67,7 +69,19 @@ def refuses_cache(k_cache: Tensor, v_cache: Tensor) -> str | None:
 
 
 def refuses(q: Tensor, k_cache: Tensor, v_cache: Tensor, *indices: Tensor, **options: object) -> str | None:
-    return refuses_device(q) or refuses_dtype("q", q) or refuses_cache(k_cache, v_cache)
+    reason = refuses_device(q) or refuses_dtype("q", q) or refuses_cache(k_cache, v_cache)
+    return _refuses_cuda(q, indices[0]) if reason is None and q.is_cuda else reason
+
+
+def _refuses_cuda(q: Tensor, block_table: Tensor) -> str | None:
+    """A sequence with more new tokens than the kernel serves, which no shape shows, gets NaN in the rows that are too many."""
+    most = CUDA.paged_attention_max_tokens
+    if q.shape[0] > most * block_table.shape[0]:
+        sequences = block_table.shape[0]
+        return f"q has {q.shape[0]} tokens of {sequences} sequences; the CUDA kernel serves at most {most} new tokens of each"
+    if q.shape[-1] > 256:
+        return f"head_dim is {q.shape[-1]}; the CUDA kernel serves at most 256"
+    return None
 
 
 @ATTENTION.offer("native", refuses)

@@ -17,7 +17,8 @@ import torch
 BACKENDS = ("auto", "triton", "native", "torch")
 
 # Data, not policy in code: changed when a benchmark row says so. Devices that are not listed run the specification.
-AUTO_ORDER = {"cpu": ("native", "torch"), "cuda": ("triton", "native", "torch")}
+# On a GPU native serves by name only: no GPU has run it yet.
+AUTO_ORDER = {"cpu": ("native", "torch"), "cuda": ("triton", "torch")}
 
 OPS: dict[str, "Op"] = {}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .direct import shortcut
 from .library import define
-from .native import NATIVE, TYPES, address, refuses_device, refuses_dtype, rows_of
+from .native import TYPES, address, launch, refuses_device, refuses_dtype, rows_of
 from .rms_norm import OP
 
 
@@ -26,9 +26,10 @@ def _add_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     memory, rows, stride = rows_of(x)
     added, _, added_stride = (None, 0, 0) if residual is None else rows_of(residual)
     weight = weight.contiguous()
-    NATIVE.rms_norm_forward(
-        memory.data_ptr(), address(added), weight.data_ptr(), y.data_ptr(), address(h), rows, x.shape[-1], stride, added_stride, eps,
-        TYPES[x.dtype], TYPES[weight.dtype], torch.get_num_threads(),
+    launch(
+        "rms_norm_forward", x,
+        memory.data_ptr(), address(added), weight.data_ptr(), y.data_ptr(), address(h), rows, x.shape[-1], stride,
+        added_stride, eps, TYPES[x.dtype], TYPES[weight.dtype],
     )  # fmt: skip
     return y, h
 
@@ -45,9 +46,11 @@ def _backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, eps: flo
     (memory, rows, stride), (dy_memory, _, dy_stride) = rows_of(h), rows_of(dy)
     dh_memory, _, dh_stride = (None, 0, 0) if dh is None else rows_of(dh)
     weight = weight.contiguous()
-    NATIVE.rms_norm_backward(
+    launch(
+        "rms_norm_backward", h,
         memory.data_ptr(), dy_memory.data_ptr(), address(dh_memory), weight.data_ptr(), dx.data_ptr(), dweight.data_ptr(), rows,
-        h.shape[-1], stride, dy_stride, dh_stride, eps, TYPES[h.dtype], TYPES[weight.dtype], torch.get_num_threads(),
+        h.shape[-1], stride, dy_stride, dh_stride, eps, TYPES[h.dtype], TYPES[weight.dtype],
+        scratch=lambda cuda: cuda.rms_norm_partials(rows) * h.shape[-1],
     )  # fmt: skip
     return dx, dweight.to(weight.dtype)
 

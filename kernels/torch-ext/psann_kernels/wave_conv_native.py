@@ -15,7 +15,7 @@ from torch import Tensor
 from .damped_sine import MODES
 from .direct import shortcut
 from .library import define
-from .native import NATIVE, TYPES, address, rows_of, refuses_device, refuses_dtype
+from .native import NATIVE, TYPES, address, launch, refuses_device, refuses_dtype, rows_of
 from .wave_conv import OP
 
 
@@ -36,7 +36,7 @@ def _forward(x: Tensor, *rest: Any) -> Tensor:
     if x.numel() == 0:
         return y
     conv, keep = _described(x, *rest)
-    NATIVE.wave_conv_forward(conv, y.data_ptr(), torch.get_num_threads())
+    launch("wave_conv_forward", x, conv, y.data_ptr())
     return y
 
 
@@ -50,9 +50,10 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *rest:
     else:
         conv, keep = _described(x, weight, bias, *rest)
         dy_memory, _, dy_stride = rows_of(dy)
-        NATIVE.wave_conv_backward(
-            conv, dy_memory.data_ptr(), dx.data_ptr(), dweight.data_ptr(), *[t.data_ptr() for t in sums], dy_stride,
-            torch.get_num_threads(),
+        launch(
+            "wave_conv_backward", x, conv,
+            dy_memory.data_ptr(), dx.data_ptr(), dweight.data_ptr(), *[t.data_ptr() for t in sums], dy_stride,
+            scratch=lambda cuda: x.numel() + cuda.wave_conv_partials(conv[8]) * (weight.shape[1] + 4) * x.shape[-1],
         )  # fmt: skip
     sums[0] = sums[0].to((weight if bias is None else bias).dtype)
     return dx, dweight.to(weight.dtype), *sums

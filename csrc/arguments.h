@@ -1,0 +1,91 @@
+// What a kernel takes, from numbers as Python has them: addresses are integers; whoever calls checked what they point to. Both
+// extension modules bind these, so that a GPU's kernels take what a CPU's do.
+#pragma once
+
+#include <stdint.h>
+
+#include <array>
+
+#include "kernels.h"
+
+namespace arguments {
+
+template <class T> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+inline DampedSineForward damped_sine_forward(uintptr_t z, uintptr_t amplitude, uintptr_t frequency, uintptr_t damping, uintptr_t y,
+                                             int64_t rows, int64_t features, int64_t z_stride, int type, int mode) {
+    return {at<void>(z), at<float>(amplitude), at<float>(frequency), at<float>(damping), at<void>(y), rows, features, z_stride,
+            static_cast<Type>(type), mode, 0};
+}
+
+inline DampedSineBackward damped_sine_backward(uintptr_t z, uintptr_t dy, uintptr_t amplitude, uintptr_t frequency, uintptr_t damping,
+                                               uintptr_t dz, uintptr_t damplitude, uintptr_t dfrequency, uintptr_t ddamping, int64_t rows,
+                                               int64_t features, int64_t z_stride, int64_t dy_stride, int type, int mode) {
+    return {at<void>(z), at<void>(dy), at<float>(amplitude), at<float>(frequency), at<float>(damping), at<void>(dz), at<float>(damplitude),
+            at<float>(dfrequency), at<float>(ddamping), rows, features, z_stride, dy_stride, static_cast<Type>(type), mode, 0};
+}
+
+inline RmsNormForward rms_norm_forward(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t y, uintptr_t h, int64_t rows,
+                                       int64_t features, int64_t x_stride, int64_t residual_stride, float eps, int type, int weight_type) {
+    return {at<void>(x), at<void>(residual), at<void>(weight), at<void>(y), at<void>(h), rows, features, x_stride, residual_stride, eps,
+            static_cast<Type>(type), static_cast<Type>(weight_type), 0};
+}
+
+inline RmsNormBackward rms_norm_backward(uintptr_t h, uintptr_t dy, uintptr_t dh_in, uintptr_t weight, uintptr_t dh, uintptr_t dweight,
+                                         int64_t rows, int64_t features, int64_t h_stride, int64_t dy_stride, int64_t dh_in_stride,
+                                         float eps, int type, int weight_type) {
+    return {at<void>(h), at<void>(dy), at<void>(dh_in), at<void>(weight), at<void>(dh), at<float>(dweight), rows, features, h_stride,
+            dy_stride, dh_in_stride, eps, static_cast<Type>(type), static_cast<Type>(weight_type), 0};
+}
+
+// WaveConv's members in order. No class is bound: a module may be loaded under two names, and a type is registered once.
+using WaveConvNumbers = std::array<int64_t, 17>;
+
+inline WaveConv wave_conv(const WaveConvNumbers& n) {
+    auto address = [&](size_t i) { return static_cast<uintptr_t>(n[i]); };
+    return {at<void>(address(0)), at<void>(address(1)), at<float>(address(2)), at<float>(address(3)), at<float>(address(4)),
+            at<float>(address(5)), at<float>(address(6)), at<int32_t>(address(7)), n[8], n[9], n[10], n[11], n[12], n[13], n[14],
+            static_cast<Type>(n[15]), static_cast<int>(n[16])};
+}
+
+inline WaveConvForward wave_conv_forward(const WaveConvNumbers& conv, uintptr_t y) { return {wave_conv(conv), at<void>(y), 0}; }
+
+inline WaveConvBackward wave_conv_backward(const WaveConvNumbers& conv, uintptr_t dy, uintptr_t dx, uintptr_t dweight, uintptr_t dbias,
+                                           uintptr_t damplitude, uintptr_t dfrequency, uintptr_t ddamping, int64_t dy_stride) {
+    return {wave_conv(conv), at<void>(dy), at<void>(dx), at<float>(dweight), at<float>(dbias), at<float>(damplitude), at<float>(dfrequency),
+            at<float>(ddamping), dy_stride, 0};
+}
+
+using Strides = std::array<int64_t, 3>;
+
+inline Cache cache(uintptr_t data, const Strides& strides) { return {at<void>(data), strides[0], strides[1], strides[2]}; }
+
+inline PagedAppend paged_append(uintptr_t k, uintptr_t v, uintptr_t k_cache, Strides k_strides, uintptr_t v_cache, Strides v_strides,
+                                uintptr_t slot_mapping, uintptr_t positions, uintptr_t cos, uintptr_t sin, bool interleaved,
+                                int64_t tokens, int64_t heads, int64_t head_dim, int64_t block_size, int64_t num_blocks,
+                                int64_t max_position, int64_t k_stride, int64_t k_head_stride, int64_t v_stride, int64_t v_head_stride,
+                                int type) {
+    return {at<void>(k), at<void>(v), cache(k_cache, k_strides), cache(v_cache, v_strides), at<int64_t>(slot_mapping),
+            at<int64_t>(positions), {at<float>(cos), at<float>(sin), interleaved}, tokens, heads, head_dim, block_size, k_stride,
+            k_head_stride, v_stride, v_head_stride, static_cast<Type>(type), 0, num_blocks, max_position};
+}
+
+inline PagedAttention paged_attention(uintptr_t q, uintptr_t k_cache, Strides k_strides, uintptr_t v_cache, Strides v_strides,
+                                      uintptr_t block_table, uintptr_t seq_lens, uintptr_t cu_seqlens_q, uintptr_t alibi_slopes,
+                                      uintptr_t o, uintptr_t cos, uintptr_t sin, bool interleaved, int64_t rows, int64_t sequences,
+                                      int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t block_size, int64_t num_blocks,
+                                      int64_t max_blocks, int64_t max_position, int64_t table_stride, int64_t q_stride,
+                                      int64_t q_head_stride, int64_t window, float softmax_scale, int type) {
+    return {at<void>(q), cache(k_cache, k_strides), cache(v_cache, v_strides), at<int32_t>(block_table), at<int32_t>(seq_lens),
+            at<int32_t>(cu_seqlens_q), at<float>(alibi_slopes), at<void>(o), {at<float>(cos), at<float>(sin), interleaved}, rows,
+            sequences, heads, kv_heads, head_dim, block_size, table_stride, q_stride, q_head_stride, window, softmax_scale,
+            static_cast<Type>(type), 0, num_blocks, max_blocks, max_position};
+}
+
+inline Linear linear(uintptr_t x, uintptr_t weight, uintptr_t scale, uintptr_t bias, uintptr_t y, int64_t rows, int64_t inputs,
+                     int64_t outputs, int64_t x_stride, int64_t weight_stride, int type, int weight_type) {
+    return {at<void>(x), at<void>(weight), at<float>(scale), at<float>(bias), at<void>(y), rows, inputs, outputs, x_stride, weight_stride,
+            static_cast<Type>(type), static_cast<Type>(weight_type), 0};
+}
+
+}  // namespace arguments
