@@ -11,8 +11,8 @@ import pytest
 import torch
 from psann_fast import TrainConfig, psannLM
 from psann_fast.data import IGNORED, Examples, pack
-from psann_fast.train import guard, trainer
-from psann_fast.train.optim import learning_rate, warmup_length
+from psann_fast.train import guard, speed, trainer
+from psann_fast.train.optim import build_optimizers, learning_rate, warmup_length
 from psann_fast.train.precision import cpu_has_bf16, resolve_amp, resolve_device
 from psann_fast.train.run_folder import COLUMNS
 from psann_fast.train.guard import Guard, TrainingDiverged
@@ -183,6 +183,42 @@ def test_only_matrices_decay(base):
         torch.testing.assert_close(weights[1][name], expected, rtol=1e-5, atol=1e-7)
     vectors = {name.rpartition(".")[2] for name, p in before.items() if p.dim() < 2}
     assert vectors == {"bias", "scale", "_A", "_f", "_d", "alpha"}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_muon_takes_the_products_of_the_blocks_and_adamw_the_rest(base):
+    module = tiny(base=base)
+    adamw, muon = build_optimizers(module, config(optimizer="muon", weight_decay=0.3))
+    names = {p: name for name, p in module.named_parameters()}
+    orthogonal = {names[p] for group in muon.param_groups for p in group["params"]}
+    ends = {".".join(name.split(".")[2:]) for name in orthogonal}
+    products = {"attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight", "attn.o_proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
+    assert ends == products | ({"wave.out_proj.weight"} if base == "waveresnet" else set())
+    rest = [names[p] for group in adamw.param_groups for p in group["params"]]
+    assert sorted([*rest, *orthogonal]) == sorted(names.values()), "each parameter learns once"
+    assert {"embed.weight", "lm_head.weight"} <= set(rest) and muon.param_groups[0]["weight_decay"] == 0.3
+    history = train(module, examples(60), config(optimizer="muon", epochs=9, max_steps=40, lr=0.02))
+    assert history[-1]["loss"] < history[0]["loss"] - 0.1
+    assert muon.param_groups[0]["lr"] == 0.001, "its rate follows the schedule only in training"
+
+
+def test_utilization_is_six_flop_a_parameter_and_token(monkeypatch):
+    module = tiny()
+    monkeypatch.setattr(speed, "matmul_rate", lambda device, dtype: {torch.float32: 1e9, torch.bfloat16: 4e9}[dtype])
+    wanted = 1000 * 6 * module.num_parameters() / 1e9
+    assert speed.utilization(1000, module, None) == pytest.approx(wanted)
+    assert speed.utilization(1000, module, torch.bfloat16, 2) == pytest.approx(wanted / 8)
+    monkeypatch.undo()
+    assert 1e8 < speed.matmul_rate(torch.device("cpu"), torch.float32) < 1e14
+
+
+@pytest.mark.campaign(weight=0.1)
+def test_a_compiled_run_is_an_eager_one():
+    options = dict(epochs=9, max_steps=8)
+    runs = [
+        [row["loss"] for row in fitted(model(base="waveresnet"), compile=wanted, **options).history_] for wanted in (False, True)
+    ]
+    assert runs[1] == pytest.approx(runs[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("base", BASES)
