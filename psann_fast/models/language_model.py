@@ -12,7 +12,7 @@ from psann_kernels.registry import for_model
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from .layers import CacheView, RMSNorm, RotaryTables, WaveBranch, Window
+from .layers import CacheView, ExampleCalls, RMSNorm, RotaryTables, WaveBranch, Window
 
 Block = Callable[[ModelConfig, int], nn.Module]
 
@@ -68,9 +68,18 @@ class LanguageModel(nn.Module):
         if targets is None:
             return self.lm_head(hidden)
         return linear_cross_entropy(
-            hidden, self.lm_head.weight, targets, label_smoothing=label_smoothing, reduction="sum",
-            backend=for_model(self.config.backend, OPS["linear_cross_entropy"]),
-        )  # fmt: skip
+            hidden, self.lm_head.weight, targets, label_smoothing=label_smoothing, reduction="sum", backend=self._loss_backend
+        )
+
+    @property
+    def _loss_backend(self) -> str:
+        return for_model(self.config.backend, OPS["linear_cross_entropy"])
+
+    def example_calls(self) -> ExampleCalls:
+        """The call of training; the blocks' modules describe their own."""
+        weight = self.lm_head.weight
+        targets = torch.zeros(1, dtype=torch.int64, device=weight.device)
+        yield OPS["linear_cross_entropy"], self._loss_backend, (weight.new_empty(1, weight.shape[1]), weight, targets), {"reduction": "sum"}
 
     def hidden(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
         """What the output projection takes, (B, T, d_model); arguments as forward."""
