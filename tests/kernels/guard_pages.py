@@ -97,7 +97,7 @@ SIZES = (1, 2, 3, 15, 16, 17, 31, 33, 63, 65, 127, 130)
 def tensor(random: Random, guard: Guard, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random values; the last axis without gaps, rows sometimes further apart than they are long."""
     generator = torch.Generator().manual_seed(random.randrange(2**31))
-    t = torch.randn(*shape, generator=generator)
+    t = torch.randn(shape, generator=generator)
     if guard.is_far and len(shape) > 1 and shape[0] > 1:
         return guard.place(t.to(dtype), 2**31 // (shape[0] - 1) + 1)
     if random.random() < 0.3 and len(shape) > 1:
@@ -160,7 +160,7 @@ def wave_conv(random: Random, guard: Guard, backend: str) -> None:
     else:
         rows = random.choice((1, 2))
         x = tensor(random, guard, rows, tokens, features, dtype=dtype)
-    if random.random() < 0.4:
+    if random.random() < 0.6:
         options["state"] = tensor(random, guard, rows, (taps - 1) * dilation, features, dtype=dtype)
     weight, bias, *parameters = tensor(random, guard, features, taps), *(tensor(random, guard, features) for _ in range(4))
     differentiate(
@@ -265,8 +265,32 @@ def reads_too_far(random: Random, guard: Guard, backend: str) -> None:
         copy[(1,)](x, torch.empty_like(x), 100, BLOCK=128)
 
 
+def linear_cross_entropy(random: Random, guard: Guard, backend: str) -> None:
+    dtype, classes = random.choice(DTYPES), random.choice((*SIZES, 2049))
+    x = tensor(random, guard, random.choice(SIZES), random.choice((1, 3, 16)), dtype=dtype)
+    weight, bias = tensor(random, guard, classes, x.shape[1], dtype=dtype), tensor(random, guard, classes, dtype=dtype)
+    targets = torch.tensor([random.choice((-100, random.randrange(classes))) for _ in range(len(x))])
+    options = {
+        "label_smoothing": random.choice((0.0, 0.1)), "z_loss": random.choice((0.0, 0.01)), "soft_cap": random.choice((None, 3.0)),
+        "reduction": random.choice(("sum", "none")), "chunk": random.choice((None, 1, 5)), "backend": backend,
+    }  # fmt: skip
+    targets = guard.place(targets)
+    differentiate(random, guard, lambda x, w, b: psann_kernels.linear_cross_entropy(x, w, targets, bias=b, **options), x, weight, bias)
+
+
+def damped_sine_mlp(random: Random, guard: Guard, backend: str) -> None:
+    dtype = random.choice((torch.float16, torch.bfloat16))
+    (inner, features, outputs), rows = (random.choice((16, 32, 80)) for _ in range(3)), random.choice((*SIZES, 130))
+    x, w1, b1 = (tensor(random, guard, *shape, dtype=dtype) for shape in ((rows, inner), (features, inner), (features,)))
+    w2, b2 = (tensor(random, guard, *shape, dtype=dtype) for shape in ((outputs, features), (outputs,)))
+    sine = [tensor(random, guard, features) for _ in range(3)]
+    options = {"mode": random.choice(("abs", "relu", "none")), "fused": backend == "triton", "backend": backend}
+    differentiate(random, guard, lambda *a: psann_kernels.damped_sine_mlp(*a, **options), x, w1, b1, *sine, w2, b2)
+    differentiate(random, guard, lambda *a: psann_kernels.linear_damped_sine(*a, **options), x, w1, b1, *sine)
+
+
 CASES: dict[str, Case] = {
-    case.__name__: case for case in (damped_sine, rms_norm, wave_conv, rope_attention, paged_attention)
+    case.__name__: case for case in (damped_sine, rms_norm, wave_conv, rope_attention, paged_attention, linear_cross_entropy, damped_sine_mlp)
 }
 FAULTS: dict[str, Case] = {case.__name__: case for case in (reads_too_far, multiplies_in_32_bits)}
 

@@ -4,6 +4,7 @@ Every op takes `backend="auto" | "triton" | "native" | "torch"`; `explain("dampe
 """
 
 from . import damped_sine as _damped_sine
+from . import damped_sine_mlp as _damped_sine_mlp
 from . import layers
 from . import linear as _linear
 from . import linear_cross_entropy as _linear_cross_entropy
@@ -13,6 +14,7 @@ from . import rms_norm as _rms_norm
 from . import rope_attention as _rope_attention
 from . import wave_conv as _wave_conv
 from .damped_sine import damped_sine
+from .damped_sine_mlp import damped_sine_mlp, linear_damped_sine
 from .paged_attention import paged_append, paged_attention
 from .modules import DampedSine, DampedSineMLP, LinearCrossEntropy, RMSNorm, RotaryAttention, WaveConv
 from .paged_cache import PagedKVCache, PagedStep
@@ -30,6 +32,7 @@ attach(
     "triton",
     {
         "damped_sine_triton": (_damped_sine.OP,),
+        "damped_sine_mlp_triton": (_damped_sine_mlp.LINEAR, _damped_sine_mlp.MLP),
         "linear_cross_entropy_triton": (_linear_cross_entropy.OP,),
         "paged_attention_triton": (_paged_attention.APPEND, _paged_attention.ATTENTION),
         "rms_norm_triton": (_rms_norm.OP,),
@@ -61,10 +64,12 @@ __all__ = [
     "RotaryAttention",
     "WaveConv",
     "damped_sine",
+    "damped_sine_mlp",
     "explain",
     "layers",
     "linear",
     "linear_cross_entropy",
+    "linear_damped_sine",
     "paged_append",
     "paged_attention",
     "rms_norm",
