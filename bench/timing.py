@@ -46,7 +46,7 @@ class Times:
 class CPUTimer:
     """`rounds` rounds, fewer once `patience` seconds are used up, but never fewer than 5."""
 
-    def __init__(self, rounds: int = 15, patience: float = 4.0, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, rounds: int = 15, patience: float = 2.0, clock: Callable[[], float] = time.perf_counter) -> None:
         self.rounds, self.patience, self.clock = rounds, patience, clock
         self.cache_bytes = last_cache_bytes()
 
