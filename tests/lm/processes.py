@@ -18,6 +18,7 @@ from typing import Any, Callable
 import torch
 from psann_fast import TrainConfig
 from psann_fast.cli import main as command_line  # noqa: F401 (imported once, before the fork)
+from psann_fast.train import run_folder
 from psann_fast.train.checkpoints import Checkpoints
 from psann_fast.train.snapshot import Snapshot
 from psann_fast.train.trainer import train
@@ -48,6 +49,7 @@ def start(function: Callable[..., None], *arguments: Any, environment: dict[str,
 def _run(function: Callable[..., None], arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
+    run_folder.plot_run = lambda rows, path: None  # takes longer than these runs
     try:
         function(*arguments)
     except KeyboardInterrupt:

@@ -13,13 +13,19 @@ import shutil
 import pytest
 import torch
 from psann_fast import TrainConfig, psannLM
-from psann_fast.train import checkpoints, trainer
+from psann_fast.train import checkpoints, run_folder, trainer
 from psann_fast.train.checkpoint import CheckpointError
 from psann_fast.train.interrupts import Interrupted
 from psann_fast.train.snapshot import Snapshot
 from psann_fast.train.trainer import train
 from test_trainer import examples
 from tiny import data, fitted, model, tiny
+
+@pytest.fixture(autouse=True)
+def no_plot(monkeypatch):
+    """Drawing loss.png takes longer than these runs; test_trainer looks at it."""
+    monkeypatch.setattr(run_folder, "plot_run", lambda rows, path: None)
+
 
 # Three micro-batches a step, rows of different lengths, a last step with fewer of both; dropout; a validation every fourth step.
 CONFIG = dict(
