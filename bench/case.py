@@ -27,6 +27,7 @@ class Case:
     crop_results   the same part of its results
     compiles  whether torch.compile gets the specification: those of the paged ops wait for values on the host
     facts     what peers need to know: window, new tokens, ...
+    more      name -> another way of ours to the same results, asked for by an option of the op
     truth     the specification itself, where the public function does not take every argument in float64; None: call("torch")
     """
 
@@ -44,6 +45,7 @@ class Case:
     compiles: bool = True
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     truth: Function | None = None
+    more: dict[str, Function] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -16,7 +16,7 @@ from psann_kernels import OPS
 
 from .case import Case
 from .cases_attention import paged_append_cases, paged_attention_cases, rope_attention_cases
-from .cases_products import damped_sine_mlp_cases, linear_cases, linear_cross_entropy_cases
+from .cases_products import damped_sine_mlp_cases, linear_cases, linear_cross_entropy_cases, linear_damped_sine_cases
 from .cases_rows import damped_sine_cases, rms_norm_cases, wave_conv_cases
 
 BUILDERS: dict[str, Callable[[str, torch.device], Iterator[Case]]] = {
@@ -28,6 +28,7 @@ BUILDERS: dict[str, Callable[[str, torch.device], Iterator[Case]]] = {
     "paged_attention": paged_attention_cases,
     "linear": linear_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
+    "linear_damped_sine": linear_damped_sine_cases,
     "damped_sine_mlp": damped_sine_mlp_cases,
 }
 

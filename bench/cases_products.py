@@ -67,7 +67,7 @@ def linear_cross_entropy_cases(size: str, device: torch.device) -> Iterator[Case
         "parity": [(130, 33, 1000), (7, 64, 4097)],
     }
     for tokens, width, vocabulary in shapes[size]:
-        for dtype in (FP32, BF16) if size == "parity" else (BF16 if size == "gpu" else FP32,):
+        for dtype in _dtypes(size):
 
             def make(
                 seed: int, tokens: int = tokens, width: int = width, vocabulary: int = vocabulary, dtype: torch.dtype = dtype
@@ -104,10 +104,10 @@ def damped_sine_mlp_cases(size: str, device: torch.device) -> Iterator[Case]:
         "gpu": [(8192, 1024, 4096), (8192, 2048, 8192), (8192, 4096, 16384)],
         "cpu": [(1024, 256, 1024)],
         "tiny": [(12, 16, 24)],
-        "parity": [(130, 33, 65), (65, 128, 300)],
+        "parity": [(130, 33, 65), (65, 128, 304)],
     }
     for tokens, width, hidden in shapes[size]:
-        for dtype in (FP32, BF16) if size == "parity" else (BF16 if size == "gpu" else FP32,):
+        for dtype in _dtypes(size):
 
             def make(
                 seed: int, tokens: int = tokens, width: int = width, hidden: int = hidden, dtype: torch.dtype = dtype
@@ -142,4 +142,52 @@ def damped_sine_mlp_cases(size: str, device: torch.device) -> Iterator[Case]:
                 8,
                 {FORWARD: weights + ends, BOTH: 3 * (weights + ends)},
                 {FORWARD: products, BOTH: 3 * products},
+                more={"triton fused": lambda *a: psann_kernels.damped_sine_mlp(*a, fused=True, backend="triton")},
             )
+
+
+def linear_damped_sine_cases(size: str, device: torch.device) -> Iterator[Case]:
+    # (tokens, inputs, features)
+    shapes = {
+        "gpu": [(65536, 256, 256), (8192, 1024, 4096), (8192, 4096, 16384)],
+        "cpu": [(16384, 256, 256)],
+        "tiny": [(12, 16, 24)],
+        "parity": [(130, 33, 65), (65, 128, 304)],
+    }
+    for tokens, inputs, features in shapes[size]:
+        for dtype in _dtypes(size):
+
+            def make(
+                seed: int, tokens: int = tokens, inputs: int = inputs, features: int = features, dtype: torch.dtype = dtype
+            ) -> tuple[list[Any], list[Tensor]]:
+                draw = Draw(device, seed)
+                w, b = draw.normal(features, inputs, scale=inputs**-0.5, dtype=dtype), draw.normal(features, dtype=dtype, scale=0.1)
+                return [draw.normal(tokens, inputs, dtype=dtype), w, b, *draw.sine(features)], [
+                    draw.normal(tokens, features, dtype=dtype)
+                ]
+
+            def call(backend: str) -> Function:
+                return lambda *a: psann_kernels.linear_damped_sine(*a, backend=backend)
+
+            def plain(x: Tensor, w: Tensor, b: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor) -> Tensor:
+                return plain_sine(x @ w.t() + b, amplitude, frequency, damping)
+
+            read, products = (inputs * features + tokens * inputs) * dtype.itemsize, 2 * tokens * inputs * features
+            y = tokens * features * dtype.itemsize
+            yield Case(
+                "linear_damped_sine",
+                f"{tokens}x{inputs} -> {features}",
+                dtype,
+                make,
+                call,
+                plain,
+                6,
+                {FORWARD: read + y, BOTH: 3 * read + 2 * y},
+                {FORWARD: products, BOTH: 3 * products},
+                more={"triton fused": lambda *a: psann_kernels.linear_damped_sine(*a, fused=True, backend="triton")},
+            )
+
+
+def _dtypes(size: str) -> tuple[torch.dtype, ...]:
+    """What the device is used with; both for parity."""
+    return {"gpu": (BF16,), "parity": (FP32, BF16)}.get(size, (FP32,))

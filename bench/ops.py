@@ -70,7 +70,7 @@ def ops_section(bench: Bench) -> Iterator[suite.Case]:
 
 def own_variants(bench: Bench, case: Case) -> dict[str, Variant]:
     """Each of our backends, and torch.compile of the specification."""
-    variants: dict[str, Variant] = {backend: case.call(backend) for backend in BACKENDS}
+    variants: dict[str, Variant] = {backend: case.call(backend) for backend in BACKENDS} | case.more
     if not case.compiles:
         variants["torch.compile"] = "the specification reads values on the host"
     elif not bench.has_compile:
@@ -109,7 +109,7 @@ def measure(bench: Bench, case: Case, variants: Mapping[str, Variant]) -> list[s
             suite.raise_if_lost(error)
             rows.append({**head, "backend": name, "failed": suite.describe(error)})
             continue
-        if wrong is not None and (name in OWN or errors[name] > OTHERS_SHARE):
+        if wrong is not None and (name in OWN or name in case.more or errors[name] > OTHERS_SHARE):
             rows.append({**head, "backend": name, "wrong": wrong})
         else:
             functions[name] = variant

@@ -31,12 +31,12 @@ def parity_cases(device: torch.device, only: str = "", is_smallest: bool = False
 
 
 def rows(case: Case) -> list[suite.Row]:
-    """One row a backend: right (with the error as a share of what is allowed), wrong, refused or failed."""
+    """One row a variant: right (with the error as a share of what is allowed), wrong, refused or failed."""
     judge, found = check.Judge(case), []
-    for backend in BACKENDS:
+    for backend, function in ({backend: case.call(backend) for backend in BACKENDS} | case.more).items():
         row = {"op": case.op, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch."), "backend": backend}
         try:
-            wrong, share = judge.verdict(case.call(backend))
+            wrong, share = judge.verdict(function)
         except BackendError as error:
             row["refused"] = str(error)
         except suite.VARIANT_FAILURES as error:

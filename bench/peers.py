@@ -231,16 +231,18 @@ def _torch_loss(bench: Bench, case: Case) -> Variant:
     return lambda x, weight, targets: F.cross_entropy((x @ weight.t()).float(), targets)
 
 
+def _bare_linear(bench: Bench, case: Case) -> Variant:
+    return Limit(lambda x, w, b, *sine: _with_zeros(F.linear(x, w, b), sine))
+
+
 def _bare_linears(bench: Bench, case: Case) -> Variant:
-    """The two products without any activation. Its sine parameters get no gradient, so its backward is given zeros to add."""
+    """The two products without any activation."""
+    return Limit(lambda x, w1, b1, a, f, d, w2, b2: _with_zeros(F.linear(F.linear(x, w1, b1), w2, b2), (a, f, d)))
 
-    def linears(
-        x: Tensor, w1: Tensor, b1: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, w2: Tensor, b2: Tensor
-    ) -> Tensor:
-        y = F.linear(F.linear(x, w1, b1), w2, b2)
-        return y + (0 * (amplitude + frequency + damping).sum()).to(y.dtype) if torch.is_grad_enabled() else y
 
-    return Limit(linears)
+def _with_zeros(y: Tensor, sine: Sequence[Tensor]) -> Tensor:
+    """y in a graph that the sine's parameters are in too, since their gradients are asked for."""
+    return y + (0 * sum(sine)).sum().to(y.dtype) if torch.is_grad_enabled() else y
 
 
 PEERS: dict[str, dict[str, tuple[str, Builder]]] = {
@@ -268,6 +270,11 @@ PEERS: dict[str, dict[str, tuple[str, Builder]]] = {
         "liger": ("liger-kernel", _liger_loss),
         "fla": ("fla-core", _fla_loss),
         "cut-cross-entropy": ("cut-cross-entropy", _cut_loss),
+    },
+    "linear_damped_sine": {
+        "torch": ("torch", specification),
+        "torch.compile": ("torch", inductor),
+        "bare linear": ("torch", _bare_linear),
     },
     "damped_sine_mlp": {
         "torch": ("torch", specification),
