@@ -7,7 +7,7 @@ rotation compare the attention alone. A library that is missing is reported by n
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 import torch
 from psann_kernels import rotate
