@@ -24,6 +24,7 @@ from .native import attach as attach_native
 from .registry import BACKENDS, OPS, BackendError, attach, explain
 from .rms_norm import rms_norm
 from .rope_attention import rope_attention, rotary_tables, rotate
+from .self_test import self_test
 from .wave_conv import wave_conv, wave_state
 
 attach(
@@ -76,6 +77,7 @@ __all__ = [
     "rope_attention",
     "rotary_tables",
     "rotate",
+    "self_test",
     "wave_conv",
     "wave_state",
 ]

@@ -44,6 +44,7 @@ class Op:
         self.name = name
         self.implementations: dict[str, Implementation] = {}
         self.unavailable: dict[str, str] = {}
+        self._faults: dict[tuple[str, torch.device], str] = {}
         OPS[name] = self
 
     def specify(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,9 +65,22 @@ class Op:
         """True if `backend` implements this op at all, whether or not it could be loaded on this machine."""
         return backend in self.implementations or backend in self.unavailable
 
+    def blame(self, backend: str, device: torch.device, reason: str | None) -> None:
+        """Make `backend` refuse every call on `device` with that reason, or, with None, no longer. What self_test found says so."""
+        if reason is None:
+            self._faults.pop((backend, device), None)
+        else:
+            self._faults[backend, device] = reason
+
+    def is_faulty(self, backend: str, device: torch.device) -> bool:
+        """Whether `blame` has taken `backend` away on `device`."""
+        return (backend, device) in self._faults
+
     def refusal(self, backend: str, *args: Any, **kwargs: Any) -> str | None:
         """Why `backend` cannot serve this call, or None if it can."""
         if backend in self.implementations:
+            if self._faults and (reason := self._faults.get((backend, args[0].device))) is not None:
+                return reason
             return self.implementations[backend].refuses(*args, **kwargs)
         return self.unavailable.get(backend, f"{backend} does not implement {self.name}")
 
@@ -78,10 +92,8 @@ class Op:
         """
         if backend == "auto":
             for candidate in AUTO_ORDER.get(args[0].device.type, ("torch",)):
-                if candidate in self.implementations:
-                    implementation = self.implementations[candidate]
-                    if implementation.refuses(*args, **kwargs) is None:
-                        return implementation.function
+                if candidate in self.implementations and self.refusal(candidate, *args, **kwargs) is None:
+                    return self.implementations[candidate].function
             raise AssertionError(f"{self.name} has no specification")
         check_backend(backend, self.name)
         reason = self.refusal(backend, *args, **kwargs)

@@ -1,0 +1,189 @@
+"""Does every Triton kernel compute the right numbers on this device? Asked once per device, versions and sources, not in a call.
+
+Compilers have given wrong numbers without a word: Triton 3.4.0 up to 3.7.0 on Hopper, in a product whose left factor is the transpose of
+another product (the shape of an attention backward); products of float32 that fall to TF32. A small call of each op, forward and
+backward, is compared with the specification in float64 on the CPU. What fails refuses from then on, with that reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+from .damped_sine import damped_sine
+from .damped_sine_mlp import damped_sine_mlp, linear_damped_sine
+from .linear_cross_entropy import linear_cross_entropy
+from .paged_attention import paged_attention
+from .registry import OPS
+from .rms_norm import rms_norm
+from .rope_attention import rope_attention, rotary_tables
+from .wave_conv import wave_conv
+
+_LOG = logging.getLogger("psann_fast")
+
+# Largest |fast - truth| / |truth| in the Euclidean norm: far above rounding, far below what a wrong or a TF32 product gives.
+TOLERANCES = {torch.bfloat16: 2e-2, torch.float32: 5e-5}
+
+# call(backend, *tensors) on tensors of one seed; how many of them, from the first, are differentiated.
+Case = tuple[str, torch.dtype, Callable[..., Tensor], list[Tensor], int]
+
+
+def self_test(device: str | torch.device | None = None, *, again: bool = False) -> dict[str, str]:
+    """Check the Triton kernels on a device, and make those that are wrong there refuse.
+
+    device  default: the current GPU; the CPU where TRITON_INTERPRET=1 runs the kernels there
+    again   whether to run it although the cache folder (XDG_CACHE_HOME or ~/.cache, psann-fast/self-test.json) has the answer
+
+    Returns op -> "passed", or the reason with which backend "triton" refuses it on this device from now on; {"triton": why} where
+    no kernel can run. Takes about a second beyond compiling. Raises RuntimeError inside a trace or a graph capture.
+    """
+    if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        raise RuntimeError("self_test: it runs kernels and reads their results; call it before tracing or capturing a graph")
+    if device is None:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if (reason := OPS["damped_sine"].refusal("triton", torch.empty((1, 1), device=device), *[torch.empty(1, device=device)] * 3)) is not None:
+        if not OPS["damped_sine"].is_faulty("triton", device):
+            return {"triton": reason}
+    key, remembered = _key(device), _remembered()
+    found = None if again else remembered.get(key)
+    if found is None:
+        found = _run(device)
+        _remember({**remembered, key: found})
+    for name, verdict in found.items():
+        OPS[name].blame("triton", device, None if verdict == "passed" else verdict)
+        if verdict != "passed":
+            _LOG.warning("%s: %s", name, verdict)
+    return found
+
+
+def _run(device: torch.device) -> dict[str, str]:
+    failures = (RuntimeError, importlib.import_module("triton.errors").TritonError)
+    found: dict[str, str] = {}
+    for name, dtype, call, tensors, count in _cases():
+        OPS[name].blame("triton", device, None)
+        try:
+            verdict = _judge(dtype, call, tensors, count, device)
+        except failures as error:
+            verdict = f"the self-test on {device} ended with {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        if found.get(name, "passed") == "passed":
+            found[name] = verdict
+    return found
+
+
+def _judge(dtype: torch.dtype, call: Callable[..., Tensor], tensors: list[Tensor], count: int, device: torch.device) -> str:
+    fast = _outputs(lambda *a: call("triton", *a), [t.to(device) for t in tensors], count)
+    truth = _outputs(lambda *a: call("torch", *a), [t.double() if t.is_floating_point() else t for t in tensors], count)
+    for place, (got, expected) in enumerate(zip(fast, truth)):
+        error = (torch.linalg.vector_norm(got.cpu().double() - expected) / torch.linalg.vector_norm(expected)).item()
+        if not error <= TOLERANCES[dtype]:
+            what = "its result" if place == 0 else f"the gradient of its argument {place}"
+            return (
+                f"the self-test on {device} found {what} wrong in {dtype}: relative error {error:.2g}, at most {TOLERANCES[dtype]:g} is "
+                "rounding; another Triton version may be right, and psann_kernels.self_test(again=True) asks again"
+            )
+    return "passed"
+
+
+def _outputs(function: Callable[..., Tensor], tensors: list[Tensor], count: int) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() if place < count else t for place, t in enumerate(tensors)]
+    with torch.enable_grad():
+        y = function(*leaves)
+        if not count:
+            return [y]
+        # Random ones, so that gradients that changed places are seen; quarters, which every dtype holds exactly.
+        weights = torch.randint(-4, 5, y.shape, generator=torch.Generator().manual_seed(1)).to(y.device, y.dtype) / 2 + 0.25
+        return [y.detach(), *torch.autograd.grad(y, leaves[:count], weights)]
+
+
+def _cases() -> list[Case]:
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=g) * scale).to(dtype)
+
+    def sine(features: int) -> list[Tensor]:
+        return [torch.rand(features, generator=g) * scale + 0.1 for scale in (1.0, 4.0, 0.3)]
+
+    def attention(dtype: torch.dtype) -> Case:
+        tensors = [draw(1, 70, heads, 64, dtype=dtype) for heads in (2, 1, 1)]
+        return "rope_attention", dtype, lambda backend, *a: rope_attention(*a, backend=backend), [*tensors, *rotary_tables(70, 64)], 3
+
+    half = torch.bfloat16
+    table, lengths, offsets = (torch.tensor(t, dtype=torch.int32) for t in ([[2, 0], [1, 3]], [9, 25], [0, 1, 4]))
+    mlp = [draw(40, 32, dtype=half), draw(64, 32, dtype=half, scale=0.2), draw(64, dtype=half), *sine(64), draw(32, 64, dtype=half, scale=0.2)]
+    targets = torch.randint(70, (20,), generator=g)
+    return [
+        *(
+            ("damped_sine", dtype, lambda backend, *a: damped_sine(*a, backend=backend), [draw(33, 80, dtype=dtype, scale=3.0), *sine(80)], 4)
+            for dtype in TOLERANCES
+        ),
+        ("rms_norm", half, lambda backend, *a: rms_norm(*a, backend=backend), [draw(20, 96, dtype=half), draw(96, dtype=half)], 2),
+        (
+            "wave_conv", half, lambda backend, *a: wave_conv(*a, dilation=2, backend=backend),
+            [draw(2, 40, 48, dtype=half), draw(48, 4, dtype=half), *sine(48)], 5,
+        ),
+        *(attention(dtype) for dtype in TOLERANCES),
+        (
+            "paged_attention", half, lambda backend, *a: paged_attention(*a, backend=backend),
+            [draw(4, 2, 64, dtype=half), draw(4, 16, 1, 64, dtype=half), draw(4, 16, 1, 64, dtype=half), table, lengths, offsets], 0,
+        ),
+        (
+            "linear_cross_entropy", half, lambda backend, *a: linear_cross_entropy(*a, backend=backend),
+            [draw(20, 32, dtype=half), draw(70, 32, dtype=half, scale=0.3), targets], 2,
+        ),
+        (
+            "damped_sine_mlp", half, lambda backend, *a: damped_sine_mlp(*a, None, fused=backend == "triton", backend=backend), mlp, 7,
+        ),
+        (
+            "linear_damped_sine", half, lambda backend, *a: linear_damped_sine(*a, fused=backend == "triton", backend=backend), mlp[:6], 6,
+        ),
+    ]  # fmt: skip
+
+
+def _key(device: torch.device) -> str:
+    """Device, versions and sources: whatever could change the answer."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.stem.endswith("_triton") or path.stem in ("triton_support", "self_test"):
+            digest.update(path.read_bytes())
+    name = "interpreter" if device.type == "cpu" else f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"
+    return f"{name}, Triton {importlib.metadata.version('triton')}, torch {torch.__version__}, sources {digest.hexdigest()[:16]}"
+
+
+def _file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "psann-fast" / "self-test.json"
+
+
+def _remembered() -> dict[str, dict[str, str]]:
+    try:
+        found: Any = json.loads(_file().read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        _LOG.warning("self_test: %s cannot be read (%s); the kernels are tested anew", _file(), error)
+        return {}
+    ours = isinstance(found, dict) and all(isinstance(verdicts, dict) and set(verdicts) <= set(OPS) for verdicts in found.values())
+    return found if ours else {}
+
+
+def _remember(verdicts: dict[str, dict[str, str]]) -> None:
+    path = _file()
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(verdicts, indent=1), encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        _LOG.warning("self_test: the answer cannot be kept in %s (%s); the next process tests anew", path, error)
