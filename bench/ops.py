@@ -15,7 +15,7 @@ from torch import Tensor
 from . import check, suite
 from .case import BACKWARD, FORWARD, Case, Function
 from .cases import cases
-from .timing import Call, Prepared, Times, Yardsticks, copies_beyond
+from .timing import Call, Prepared, Times, Yardsticks, copies_beyond, extra_bytes
 
 BACKENDS = ("triton", "native", "torch")
 OWN = ("auto", *BACKENDS)
@@ -120,6 +120,8 @@ def measure(bench: Bench, case: Case, variants: Mapping[str, Variant]) -> list[s
     for direction in case.directions:
         racing, failed = prepared(bench, case, direction, functions)
         rows += [{**head, "backend": name, "direction": direction, "failed": why} for name, why in failed.items()]
+        # The second call of each, after whatever is made once.
+        memory = {name: extra_bytes(each[0]()) / 1e6 if bench.device.type == "cuda" else None for name, each in racing.items()}
         yardsticks = {"copy": bench.yardsticks.copy(), **({"matmul": bench.yardsticks.matmul(case.dtype)} if case.flops else {})}
         times = bench.timer.race({**yardsticks, **racing})
         rows += [
@@ -129,6 +131,7 @@ def measure(bench: Bench, case: Case, variants: Mapping[str, Variant]) -> list[s
                 "direction": direction,
                 **figures(bench, case, direction, name, times),
                 "error_share": errors[name],
+                "extra_mb": memory[name],
                 "is_auto": name == chosen,
             }
             for name in racing

@@ -152,6 +152,16 @@ def copies_beyond(cache_bytes: int, input_bytes: int, most: int = 64) -> int:
     return min(most, max(2, math.ceil(2 * cache_bytes / max(input_bytes, 1))))
 
 
+def extra_bytes(call: Call, cuda: Any = torch.cuda) -> int:
+    """The most memory that a call held at once beyond what was there before: its outputs, what it saves and what it works in."""
+    cuda.synchronize()
+    before = cuda.memory_allocated()
+    cuda.reset_peak_memory_stats()
+    call()
+    cuda.synchronize()
+    return cuda.max_memory_allocated() - before
+
+
 class Yardsticks:
     """A copy and a matrix product, to be raced beside the variants: what memory and the multipliers of this device do today.
 

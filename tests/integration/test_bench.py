@@ -329,6 +329,20 @@ def test_gpu_times_come_from_graphs_or_say_why_not(refuses, seconds, how):
     assert cuda.replays == (0 if refuses else 2 + 14) and cuda.synchronized == (2 if refuses else 0)
 
 
+def test_memory_beyond_what_was_there():
+    held, peak = [100], [900]
+
+    def call():
+        peak[0] = held[0] + 50
+
+    cuda = SimpleNamespace(
+        synchronize=lambda: None, memory_allocated=lambda: held[0], max_memory_allocated=lambda: peak[0],
+        reset_peak_memory_stats=lambda: peak.__setitem__(0, held[0]),
+    )  # fmt: skip
+    assert timing.extra_bytes(call, cuda) == 50
+    assert timing.extra_bytes(lambda: None, cuda) == 0
+
+
 def test_rows_of_a_gpu(monkeypatch):
     """The whole way from a case to its rows with a GPU's timer; the tensors are a CPU's, and every graph takes 20 ms."""
     cuda = FakeCUDA()
