@@ -108,6 +108,9 @@ template <int MODE> __device__ inline Gradient damped_sine_gradient(float z, flo
     return {f.amplitude * (f.frequency * pc - slope * ps), ps, z * pc, damped_by<MODE>(z) * ps};
 }
 
+// Of numbers from 0 to 2^32 - 1, which the callers know: a division of 64 bits is a call, with registers spilled around it.
+__device__ inline int64_t divide(int64_t a, int64_t b) { return static_cast<uint32_t>(a) / static_cast<uint32_t>(b); }
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace cuda

@@ -15,7 +15,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) append(PagedAppend
     T* k_slot = static_cast<T*>(a.k_cache.data) + block * a.k_cache.block_stride + offset * a.k_cache.slot_stride;
     T* v_slot = static_cast<T*>(a.v_cache.data) + block * a.v_cache.block_stride + offset * a.v_cache.slot_stride;
     for (int64_t i = threadIdx.x; i < a.heads * a.head_dim; i += THREADS) {
-        int64_t h = i / a.head_dim, d = i % a.head_dim;
+        int64_t h = divide(i, a.head_dim), d = i - h * a.head_dim;
         v_slot[h * a.v_cache.head_stride + d] = v[h * a.v_head_stride + d];
         if (a.rotary.cos == nullptr) k_slot[h * a.k_cache.head_stride + d] = k[h * a.k_head_stride + d];
     }
@@ -23,7 +23,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) append(PagedAppend
     const float *cos = a.rotary.cos + a.positions[t] * half, *sin = a.rotary.sin + a.positions[t] * half;
     int64_t step = a.rotary.interleaved ? 2 : 1, partner = a.rotary.interleaved ? 1 : half;
     for (int64_t i = threadIdx.x; i < a.heads * half; i += THREADS) {
-        int64_t h = i / half, m = i % half;
+        int64_t h = divide(i, half), m = i - h * half;
         float x = widen(k[h * a.k_head_stride + m * step]), y = widen(k[h * a.k_head_stride + m * step + partner]);
         T* out = k_slot + h * a.k_cache.head_stride + m * step;
         out[0] = narrow<T>(x * cos[m] - y * sin[m]);

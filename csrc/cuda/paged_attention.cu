@@ -24,7 +24,7 @@ __device__ inline Shape shape_of(const PagedAttention& a, int64_t b) {
 template <class T> __device__ inline float rotated(const PagedAttention& a, const T* q, int64_t position, int64_t d) {
     float x = widen(q[d]);
     if (a.rotary.cos == nullptr) return x;
-    int64_t half = a.head_dim / 2, m = a.rotary.interleaved ? d / 2 : d % half;
+    int64_t half = a.head_dim / 2, m = a.rotary.interleaved ? d / 2 : d < half ? d : d - half;
     bool is_second = a.rotary.interleaved ? d % 2 : d >= half;
     int64_t partner = a.rotary.interleaved ? d ^ 1 : is_second ? d - half : d + half;
     float c = a.rotary.cos[position * half + m], s = a.rotary.sin[position * half + m], y = widen(q[partner]);
@@ -40,15 +40,15 @@ template <class T> __global__ void __launch_bounds__(THREADS) attend(PagedAttent
     if (s.tokens <= 0 || s.length == 0 || split * SPLIT >= s.length) return;
     const int32_t* table = a.block_table + b * a.table_stride;
     for (int64_t row = 0; row < min(s.tokens, max_tokens) * group; row++) {
-        int64_t position = s.length - s.tokens + row / group, head = kv_head * group + row % group;
-        const T* q_row = static_cast<const T*>(a.q) + (s.first_row + row / group) * a.q_stride + head * a.q_head_stride;
+        int64_t token = divide(row, group), position = s.length - s.tokens + token, head = kv_head * group + row - token * group;
+        const T* q_row = static_cast<const T*>(a.q) + (s.first_row + token) * a.q_stride + head * a.q_head_stride;
         float q[MAX_LANE_FEATURES], o[MAX_LANE_FEATURES] = {}, largest = -INFINITY, sum = 0;
         for (int i = 0; i < MAX_LANE_FEATURES; i++) q[i] = lane + 32 * i < a.head_dim ? rotated(a, q_row, position, lane + 32 * i) * a.softmax_scale : 0.0f;
         int64_t begin = split * SPLIT, end = min(min(begin + SPLIT, s.length), position + 1);
         if (a.window > 0) begin = max(begin, position - a.window + 1);
         float slope = a.alibi_slopes == nullptr ? 0.0f : a.alibi_slopes[head];
         for (int64_t key = begin + warp; key < end; key += WARPS) {
-            int64_t block = table[key / a.block_size], slot = key % a.block_size;
+            int64_t page = divide(key, a.block_size), block = table[page], slot = key - page * a.block_size;
             const T* k = static_cast<const T*>(a.k_cache.data) + block * a.k_cache.block_stride + slot * a.k_cache.slot_stride + kv_head * a.k_cache.head_stride;
             const T* v = static_cast<const T*>(a.v_cache.data) + block * a.v_cache.block_stride + slot * a.v_cache.slot_stride + kv_head * a.v_cache.head_stride;
             float score = 0;
@@ -89,8 +89,8 @@ template <class T> __global__ void __launch_bounds__(THREADS) merge(PagedAttenti
     Shape s = shape_of(a, b);
     int64_t used = min(splits, (s.length + SPLIT - 1) / SPLIT), width = a.head_dim + 2;
     for (int64_t i = threadIdx.x; i < s.tokens * group * a.head_dim; i += THREADS) {
-        int64_t row = i / a.head_dim, d = i % a.head_dim;
-        T* o = static_cast<T*>(a.o) + ((s.first_row + row / group) * a.heads + kv_head * group + row % group) * a.head_dim + d;
+        int64_t row = divide(i, a.head_dim), d = i - row * a.head_dim, token = divide(row, group);
+        T* o = static_cast<T*>(a.o) + ((s.first_row + token) * a.heads + kv_head * group + row - token * group) * a.head_dim + d;
         if (row >= max_tokens * group) {
             // The host cannot see that a sequence has more new tokens than there is room for; its rows must not look right.
             *o = narrow<T>(NAN);

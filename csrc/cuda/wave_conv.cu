@@ -13,7 +13,7 @@ constexpr int64_t MAX_PARTIALS = 256;
 
 // First token of token t's document, and the document's number.
 __device__ inline int64_t start_of(const WaveConv& a, int64_t t, int64_t& document) {
-    document = a.row_length > 0 ? t / a.row_length : 0;
+    document = a.row_length > 0 ? divide(t, a.row_length) : 0;
     int64_t start = document * a.row_length;
     if (a.cu_seqlens == nullptr) return start;
     // The last document that begins at or before t; of empty ones at one place the last.

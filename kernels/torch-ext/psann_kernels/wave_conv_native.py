@@ -95,6 +95,8 @@ _call = shortcut(wave_conv_native, _forward, _differentiate, _setup_context)
 def refuses(x: Tensor, weight: Tensor, *parameters: Tensor, **options: Any) -> str | None:
     if weight.shape[1] > NATIVE.wave_conv_max_taps:
         return f"weight has {weight.shape[1]} taps; the kernel serves at most {NATIVE.wave_conv_max_taps}"
+    if x.is_cuda and x.shape[:-1].numel() >= 2**31:
+        return f"x has {x.shape[:-1].numel()} tokens; the CUDA kernel serves fewer than 2^31"
     return refuses_device(x) or refuses_dtype("x", x)
 
 
