@@ -282,8 +282,8 @@ def _doctor(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found, indent=2))
         return 0
-    for title in ("versions", "devices"):
-        print(title)
+    for title in ("versions", "devices", "self-test"):
+        print(title if found[title] else f"{title}: no GPU to ask")
         for name, value in found[title].items():
             print(f"  {name:14} {value}")
     print("backends, in the order in which backend='auto' asks them")

@@ -8,6 +8,7 @@ import platform
 from typing import Any
 
 import torch
+from psann_kernels import self_test
 
 from .config import ModelConfig
 from .models import build_model
@@ -17,8 +18,12 @@ PACKAGES = ("psann-fast", "torch", "triton", "numpy", "safetensors", "sentencepi
 
 
 def report() -> dict[str, Any]:
-    """versions, devices, and ops: a row of op, device, backend, serves, reason for each backend."""
-    return {"versions": _versions(), "devices": _devices(), "ops": [row for device in _names() for row in _ops(device)]}
+    """versions, devices, self-test: op -> "passed" or what is wrong with its Triton kernel on the GPU (empty without one), and ops: a row
+    of op, device, backend, serves, reason for each backend."""
+    # First, because what it finds wrong refuses afterwards.
+    tested = self_test("cuda") if torch.cuda.is_available() else {}
+    ops = [row for device in _names() for row in _ops(device)]
+    return {"versions": _versions(), "devices": _devices(), "self-test": tested, "ops": ops}
 
 
 def _versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
-from psann_kernels import OPS, explain
+from psann_kernels import OPS, explain, self_test
 from psann_kernels.registry import check_backend
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -79,7 +79,7 @@ class psannLM:
             if self.config.vocab_size is None:
                 raise ValueError("vocab_size is None; pass vocab_size= to psannLM, or call fit, which takes it from the data")
             device = resolve_device(self.config.device)
-            self._module = build_model(self.config).to(device).eval()
+            self._module = _placed(build_model(self.config), device)
             self._say_what_runs_as_auto()
         return self._module
 
@@ -124,7 +124,7 @@ class psannLM:
             module.to(dtype).load_state_dict(state)
         # Otherwise the same object, which the caller may hold: hooks stay, and fit trains what he holds.
         module.config = config
-        self._module = module.to(device).eval()
+        self._module = _placed(module, device)
 
     # -- training -----------------------------------------------------------------------------------------------------------
 
@@ -225,7 +225,7 @@ class psannLM:
         device = resolve_device(config.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return build_model(config).to(device).eval()
+            return _placed(build_model(config), device)
 
     def _missing_for(self, data: psannLMDataPrep) -> dict[str, int]:
         """The options that the data decides because they were not given. Raises ValueError if the data does not fit the model."""
@@ -415,6 +415,13 @@ class psannLM:
             model.module.load_state_dict(imported.state)
         model.tokenizer = imported.tokenizer
         return model
+
+
+def _placed(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module on its device, in evaluation mode. A GPU's kernels are tested when it gets its first model; the answer is kept."""
+    if device.type == "cuda":
+        self_test(device)
+    return module.to(device).eval()
 
 
 def _saved_config(options: Mapping[str, Any], weights: dict[str, torch.Tensor], backend: str, device: str) -> ModelConfig:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from psann_kernels import BackendError, damped_sine, damped_sine_mlp, explain, linear_damped_sine
+from psann_kernels import BackendError, DampedSineMLP, damped_sine, damped_sine_mlp, explain, linear_damped_sine
 from psann_kernels.damped_sine import MODES
 from psann_kernels.damped_sine_mlp import LINEAR, MLP, linear_reference, mlp_reference
 from torch.nn import functional as F
@@ -123,6 +123,17 @@ def test_autocast_brings_float32_weights_to_the_fused_kernels():
     expected = run(ours("triton", True), narrow, dy.bfloat16())
     for g, e, t in zip(got, expected, (expected[0], *tensors)):
         assert g.dtype == t.dtype and torch.equal(g, e.to(t.dtype))
+
+
+def test_the_module_asks_for_the_fused_kernels():
+    serving("triton", True)
+    torch.manual_seed(0)
+    parts, fused = (DampedSineMLP(16, 32, mode="relu", fused=fused, backend="triton").bfloat16() for fused in (False, True))
+    fused.load_state_dict(parts.state_dict())
+    x = torch.randn(5, 16).bfloat16()
+    torch.testing.assert_close(fused(x), parts(x))
+    with pytest.raises(BackendError, match="damped_sine_mlp.*x is torch.float32 and fused=True"):
+        fused.float()(x.float())
 
 
 def test_what_the_fused_kernels_refuse():

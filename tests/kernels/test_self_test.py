@@ -155,3 +155,19 @@ def test_blame_is_by_device():
         assert op.refusal("torch", torch.ones(1)) == "wrong here" and op.is_faulty("torch", CPU)
     finally:
         del OPS[op.name]
+
+
+def test_a_model_that_moves_to_a_gpu_asks_first(monkeypatch):
+    from psann_fast import doctor, estimator
+
+    asked = []
+    for module in (estimator, doctor):
+        monkeypatch.setattr(module, "self_test", lambda device: asked.append(str(device)) or {"rms_norm": "passed"})
+    model = torch.nn.Linear(2, 2, device="meta").train()
+    monkeypatch.setattr(model, "to", lambda device: model)
+    assert estimator._placed(model, torch.device("cuda", 1)) is model and not model.training and asked == ["cuda:1"]
+    assert estimator._placed(model, CPU) is model and asked == ["cuda:1"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "_names", lambda: [])
+    monkeypatch.setattr(doctor, "_devices", dict)
+    assert doctor.report()["self-test"] == {"rms_norm": "passed"} and asked == ["cuda:1", "cuda"]

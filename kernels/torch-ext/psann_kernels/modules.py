@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .damped_sine import MODES, damped_sine
+from .damped_sine_mlp import damped_sine_mlp
 from .linear_cross_entropy import REDUCTIONS, linear_cross_entropy
 from .paged_attention import paged_append, paged_attention
 from .paged_cache import PagedStep
@@ -98,6 +99,7 @@ class DampedSineMLP(nn.Module):
 
     in_features, hidden_features, out_features   widths; out_features defaults to in_features
     bias      whether both linear layers have one
+    fused     as in damped_sine_mlp: True asks for the kernels that compute the sine in a matrix product's epilogue
     backend   "auto", "triton", "native" or "torch"
     sine      further options of DampedSine
 
@@ -112,17 +114,25 @@ class DampedSineMLP(nn.Module):
         out_features: int | None = None,
         *,
         bias: bool = True,
+        fused: bool = False,
         backend: str = "auto",
         **sine: Any,
     ) -> None:
         super().__init__()
+        self.fused = fused
         self.fc1 = nn.Linear(in_features, hidden_features, bias=bias)
         self.act = DampedSine(hidden_features, backend=backend, **sine)
         self.fc2 = nn.Linear(hidden_features, in_features if out_features is None else out_features, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        return self.fc2(self.act(self.fc1(x)))
+        if not self.fused:
+            # Called as modules, so that hooks on them and adapters in their place take part.
+            return self.fc2(self.act(self.fc1(x)))
+        return damped_sine_mlp(
+            x, self.fc1.weight, self.fc1.bias, *self.act.parameters_of_sine(), self.fc2.weight, self.fc2.bias, mode=self.act.mode, fused=True,
+            backend=self.act.backend,
+        )  # fmt: skip
 
 
 class LinearCrossEntropy(nn.Module):
