@@ -4,8 +4,8 @@
 
 The model: respsann, d_model 512, 8 layers, 8 heads, 4096 token ids, random weights that psannlm's model shares; the Llama has as
 many (intermediate size 1365). All draw at temperature 1 with top-p 0.9 and write to the end of their limit. Tokens per second
-count new tokens over the whole call, prompt included. psannlm's `generate`, which has no cache and slows down as it writes, runs
-in the first round only.
+count new tokens over the whole call, prompt included. psannlm's `generate`, which has no cache and slows down as it writes, and
+its ragged batch run in the first round only.
 
 `of_bound` is the share of the bound for one text: memory read bandwidth of this run (the best of several reads of 256 MB) over the
 bytes of weights that a token needs. `psannlm` and `transformers` are skipped, saying so, where they are not installed.
@@ -28,7 +28,7 @@ from typing import Any, Callable
 
 import torch
 from psann_fast import psannLM
-from psann_fast.generate.engine import Request, run
+from psann_fast.generate.engine import Engine, Request, run
 from psann_fast.generate.native_decoder import prepared, refuses
 from psann_fast.generate.options import WEIGHTS, EngineOptions
 from psann_fast.generate.sampling import SamplingParams
@@ -39,7 +39,7 @@ from .conditions import RESULTS, conditions, table, write_results
 VOCABULARY, NO_END = 4096, -1
 PROMPT = 32
 BATCH, BATCH_TOKENS = 32, 64
-FIRST_ROUND_ONLY = ("psannlm generate",)
+FIRST_ROUND_ONLY = ("psannlm generate", "psannlm ragged")  # they take a minute
 
 
 class Ids:
@@ -179,6 +179,19 @@ def long_prompts(module: torch.nn.Module, row: Callable[..., dict[str, Any]]) ->
     return rows
 
 
+def shared_prefix(module: torch.nn.Module, row: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """64 requests of 8 new tokens whose prompts have 2048 tokens in common and 4 of their own."""
+    (prefix,), own = prompts([2048]), prompts([4] * 64)
+    engine = Engine(module, NO_END, VOCABULARY, cache_tokens=1 << 13)
+    for i, text in enumerate(own):
+        engine.add(Request(i, prefix + text, SamplingParams(max_new_tokens=8, seed=i), TextStream(lambda ids: b"x")))
+    began = time.perf_counter()
+    while engine.has_work:
+        engine.step()
+    rate = engine.counts["drawn_tokens"] / (time.perf_counter() - began)
+    return row("64 prompts, 2048 tokens in common", "psann-fast model", rate, computed_tokens=engine.counts["computed_tokens"])
+
+
 def timed(work: Callable[[], Any]) -> float:
     began = time.perf_counter()
     work()
@@ -208,7 +221,15 @@ def main() -> None:
     bandwidth = read_bandwidth()
 
     def row(case: str, contender: str, rate: float, **more: Any) -> dict[str, Any]:
-        columns = dict(spread="", of_bound="", times_psannlm="", times_transformers="", times_one_pass="", beyond_cache_mb="")
+        columns = dict(
+            spread="",
+            of_bound="",
+            times_psannlm="",
+            times_transformers="",
+            times_one_pass="",
+            beyond_cache_mb="",
+            computed_tokens="",
+        )
         return {"case": case, "contender": contender, "tokens_per_s": rate, **columns, **more}
 
     def rows_of(case: str, found: dict[str, list[float]], bound: bool) -> list[dict[str, Any]]:
@@ -256,7 +277,7 @@ def main() -> None:
         many["transformers"] = lambda: llama_writes(peer, ragged, BATCH_TOKENS)
     ours(module, ragged, 4, "model")
     found += rows_of(f"{BATCH} ragged prompts, {BATCH_TOKENS} new", race(options.rounds, many), bound=False)
-    found += long_prompts(module, row)
+    found += [*long_prompts(module, row), shared_prefix(module, row)]
 
     print(json.dumps(conditions(), indent=1))
     print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s")
