@@ -95,6 +95,11 @@ class Matrix:
         return partial(torch.addmm, out=y), (self.bias, x, self._wide.t())
 
 
+def padded(rows: int) -> int:
+    """Rows of the buffers of a step. oneDNN keeps compiled code for every number that it meets, 60 MB in all; sixteens are few."""
+    return -(-rows // 16) * 16 if MAX_ROWS < rows <= KEPT_ROWS else rows
+
+
 def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """oneDNN's product with a weight in blocks: 0.6 of a plain one's time for 16 rows, 0.7 for 32 (2048 x 512, AVX2)."""
     y.copy_(torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
@@ -194,9 +199,11 @@ class Program:
     def __init__(self, weights: Weights, rows: int) -> None:
         config, dtype = weights.config, weights.embedding.dtype
         kv_width = config.n_kv_heads * config.head_dim
-        buffer = lambda width: torch.empty(rows, width, dtype=dtype)  # noqa: E731 (eight uses on the next lines)
-        self.x, self.n, self._added, self._q, self._o = (buffer(config.d_model) for _ in range(5))
-        self._k, self._v, self._z = buffer(kv_width), buffer(kv_width), buffer(config.d_mlp)  # calls hold addresses, not tensors
+        # Calls hold addresses, not tensors, so all buffers are kept. Matrices get all rows of one, the others those that are used.
+        widths = [config.d_model] * 5 + [kv_width, kv_width, config.d_mlp]
+        self._whole = [torch.zeros(padded(rows), width, dtype=dtype) for width in widths]
+        self.x, self.n, self._added, self._q, self._o, self._k, self._v, z = (buffer[:rows] for buffer in self._whole)
+        _, whole_n, whole_added, whole_q, whole_o, whole_k, whole_v, whole_z = self._whole
         self._num_heads, self._layers = config.n_heads, weights.layers
         # For each layer: calls up to its convolution, if it has one, those up to attention, and those after it.
         self._parts: list[tuple[list[Call], list[Call], list[Call]]] = []
@@ -206,12 +213,12 @@ class Program:
             if layer.wave is not None:
                 before = [layer.wave.norm.call(self.x, added, self.n)]
                 added = self._added
-            middle = [] if layer.wave is None else [layer.wave.out.call(self._o, self._added)]
+            middle = [] if layer.wave is None else [layer.wave.out.call(whole_o, whole_added)]
             middle.append(layer.norm1.call(self.x, added, self.n))
-            middle += [matrix.call(self.n, y) for matrix, y in ((layer.q, self._q), (layer.k, self._k), (layer.v, self._v))]
+            middle += [matrix.call(whole_n, y) for matrix, y in ((layer.q, whole_q), (layer.k, whole_k), (layer.v, whole_v))]
             added = self._added
-            after = [layer.o.call(self._o, added), layer.norm2.call(self.x, added, self.n)]
-            after += [layer.fc1.call(self.n, self._z), layer.sine.call(self._z), layer.fc2.call(self._z, added)]
+            after = [layer.o.call(whole_o, whole_added), layer.norm2.call(self.x, added, self.n)]
+            after += [layer.fc1.call(whole_n, whole_z), layer.sine.call(z), layer.fc2.call(whole_z, whole_added)]
             if layer.alpha != 1.0:
                 after.append((added.mul_, (layer.alpha,)))
             self._parts.append((before, middle, after))
@@ -278,11 +285,14 @@ class NativeDecoder:
         return program.run(view)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        hidden = hidden.contiguous()  # held, since the call knows only its address
-        y = hidden.new_empty(len(hidden), self.weights.head.outputs)
-        function, arguments = self.weights.head.call(hidden, y)
+        rows = len(hidden)
+        x = hidden.contiguous()  # held, since the call knows only its address
+        if padded(rows) > rows:
+            x = torch.cat((x, x.new_zeros(padded(rows) - rows, x.shape[1])))
+        y = x.new_empty(len(x), self.weights.head.outputs)
+        function, arguments = self.weights.head.call(x, y)
         function(*arguments)
-        return y
+        return y[:rows]
 
     def _program(self, rows: int) -> Program:
         key = rows, torch.get_num_threads()
