@@ -55,12 +55,12 @@ template <int R> INLINE void reduce(const Float (&z)[R], Float high, Float low, 
     }
 }
 
-// factor * sin(frequency * z) from what `reduce` gave. The factor is multiplied in while the polynomial is being summed.
+// factor * sin(frequency * z) from what `reduce` gave. The factor, which may be denormal, comes last: p is as large as pi.
 template <int R> INLINE void sine(const Float (&r)[R], const Int (&flip)[R], const Float (&factor)[R], Float (&out)[R]) {
     Float u[R], p[R];
     EACH(R) u[i] = r[i] * r[i];
     horner(SINE, u, p);
-    EACH(R) out[i] = (Float)((Int)(r[i] * factor[i]) ^ flip[i]) * p[i];
+    EACH(R) out[i] = (Float)((Int)(r[i] * p[i]) ^ flip[i]) * factor[i];
 }
 
 // factor * cos(frequency * z).
