@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import stat
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bench import __main__ as command  # noqa: E402 (bench is no installed package)
-from bench import cases, cases_attention, check, device, lease, ops, peers, plots, sections, suite, timing  # noqa: E402
+from bench import cases, cases_attention, check, compiling, device, lease, ops, peers, plots, sections, suite, timing  # noqa: E402
 
 CONDITIONS = {"section": "ops", "commit": "abc", "date": "2026-01-01"}
 
@@ -372,6 +373,24 @@ def test_a_backward_is_timed_alone():
     assert calls == ["forward"] and all(torch.equal(a, b) for a, b in zip(first, second)) and len(first) == 4
     ops.prepare(function, "forward+backward", case.leaves, *case.make(0))()
     assert calls == ["forward"] * 2
+
+
+def test_compiled_rows(monkeypatch):
+    """The section's way through Dynamo, without Inductor, which compiles for seconds."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="eager", **options))
+    bench = tiny("linear 2x16")
+    (name, measure), *models = compiling.compile_section(bench)
+    assert name == "compile linear 2x16 -> 24 weights float32 float32" and not models
+    told = {row["backend"]: row for row in measure()}
+    assert told["torch"]["compile_s"] > 0 and told["torch"]["times_eager"] > 0 and told["torch"]["error_share"] <= 1
+    assert "refused" in told["triton"]
+
+    def breaks(backend):
+        return lambda x, weight: x @ weight.t() * (1 if x.sum().item() < 1e9 else 2)
+
+    rows = compiling.op_rows(bench, dataclasses.replace(only_case("linear 2x16"), call=breaks, truth=None))
+    assert len(rows) == 3 and all("failed" in row for row in rows)  # right, but not one graph
 
 
 # -- peers, device, lease -----------------------------------------------------------------------------------------------------
