@@ -280,3 +280,17 @@ def test_extreme_parameters_of_the_sine(mode):
     dy = torch.full_like(y, 1e-6)
     truth = judge(z.detach(), amplitude.detach(), frequency.detach(), damping.detach(), dy, mode)
     truth.check(f"native {mode}", y.detach(), torch.autograd.grad(y, z, dy, retain_graph=True)[0], in_turns=True)
+
+
+@needs_native
+def test_a_denormal_sine_is_rounded_no_more_than_twice():
+    from sine_bound import judge
+
+    z = torch.linspace(88, 103, 20001)[:, None]
+    one = torch.ones(1)
+    y = damped_sine(z, one, 3 * one, one, backend="native")
+    assert (y != 0).any() and (y.abs() < 1e-38).all()
+    truth = judge(z, one, 3 * one, one, torch.ones_like(z), "abs")
+    truth.check("native", y, truth.dz.float(), in_turns=True)
+    # Twice at most: the envelope, and its product with the sine.
+    assert ((y.double() - truth.y).abs() <= 2.0**-149 + (2e-6 + 2.0**-22 * z.double()) * truth.envelope).all()
