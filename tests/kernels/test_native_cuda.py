@@ -18,7 +18,9 @@ CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 TARGETS = (80, 86, 89, 90, 100, 120)
 FILES = sorted(p.stem for p in CUDA.glob("*.cu"))
 # file: bytes that its kernels may spill, with the reason beside it.
-ALLOWED_SPILLS: dict[str, int] = {}
+ALLOWED_SPILLS: dict[str, int] = {
+    "wave_conv": 8,  # CUDA 13.0 keeps one address of backward (bfloat16) in memory on sm_100; the other targets spill nothing
+}
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
