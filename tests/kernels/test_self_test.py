@@ -1,7 +1,6 @@
 """self_test: finds kernels that are wrong, makes them refuse, remembers, and is asked outside of calls alone."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -134,15 +133,17 @@ def test_a_folder_that_cannot_be_written_only_costs_the_memory(interpreted, monk
     assert self_test() == {"rms_norm": "passed"} and "cannot be kept" in caplog.text
 
 
-def test_not_inside_a_trace():
+def test_not_inside_a_trace(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with pytest.raises(RuntimeError, match="call it before tracing"):
-        torch.compile(lambda x: (self_test(), x + 1)[1], backend="eager", fullgraph=True)(torch.ones(1))
+        self_test()
 
 
-def test_without_a_gpu_it_says_why():
-    code = "import psann_kernels; print(psann_kernels.self_test('cpu'))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**__import__("os").environ, "TRITON_INTERPRET": "0"})
-    assert "Triton needs a GPU" in run.stdout or "triton is not installed" in run.stdout, run.stderr
+def test_where_no_kernel_runs_it_says_why(monkeypatch):
+    if "triton" in OPS["damped_sine"].implementations:
+        no_gpu = Implementation(lambda *a: pytest.fail("nothing can run"), lambda *a, **k: "Triton needs a GPU")
+        monkeypatch.setitem(OPS["damped_sine"].implementations, "triton", no_gpu)
+    assert set(self_test("cpu")) == {"triton"} and "riton" in self_test("cpu")["triton"]
 
 
 def test_blame_is_by_device():
