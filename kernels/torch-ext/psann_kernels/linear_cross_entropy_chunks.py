@@ -19,7 +19,7 @@ from .linear_cross_entropy import OP
 
 # Bytes of one chunk's logits: on a CPU what its caches hold (and less than what the allocator gives back to the system at every call),
 # with rows enough for a fast product; on a GPU 2048 tokens of 128k classes.
-CPU_CHUNK_BYTES, CPU_LEAST_TOKENS = 512 << 10, 128
+CPU_CHUNK_BYTES, CPU_LEAST_TOKENS = 768 << 10, 256
 GPU_CHUNK_BYTES, GPU_LEAST_TOKENS = 512 << 20, 256
 
 # turn(logits, targets, losses, dloss, ignore_index, label_smoothing, z_loss, soft_cap, wants_gradient): reads logits (rows, V), writes
