@@ -87,8 +87,9 @@ def run_ours(name: str, text: str, seed: int, steps: int) -> dict[str, Any]:
     examples_a_epoch = len(data) // ROWS
     began = time.perf_counter()
     model.fit(
-        data, epochs=1 + steps // examples_a_epoch, max_steps=steps, batch_tokens=WINDOW * ROWS, lr=RATE, warmup_steps=WARMUP, seed=seed
-    )
+        data, epochs=1 + steps // examples_a_epoch, max_steps=steps, batch_tokens=WINDOW * ROWS, lr=RATE, warmup_steps=WARMUP, seed=seed,
+        eval_interval_steps=steps,  # one validation, at the end: nanoGPT's loop here has none
+    )  # fmt: skip
     seconds = time.perf_counter() - began
     characters = len(data.used_ids) - 1  # the separator is not one
     unused = data.vocab_size - characters
