@@ -255,8 +255,11 @@ def test_a_second_signal_ends_at_once(tmp_path):
         time.sleep(0.2)
         assert process.is_alive(), "the first signal waits for the save"
         began = time.monotonic()
-        os.kill(process.pid, signum)
-        assert processes.exit_status(process, 10) == status and time.monotonic() - began < 5
+        # Again and again: on a busy machine the first has perhaps not been handled yet, and two that wait are one.
+        while process.is_alive() and time.monotonic() - began < 10:
+            os.kill(process.pid, signum)
+            process.join(0.5)
+        assert processes.exit_status(process, 1) == status, "the save of 30 seconds was waited for"
 
 
 @pytest.mark.campaign(weight=1)
