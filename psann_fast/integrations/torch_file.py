@@ -137,6 +137,7 @@ class TorchFile:
     def _bytes(self, name: str) -> bytes:
         try:
             return self._zip.read(name)
+        # What zipfile raises for damage: NotImplementedError for a version or compression it lacks, RuntimeError for encryption.
         except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
             raise UnsafeFile(f"{self.path}: {name} cannot be read ({error}); the file is damaged") from error
 

@@ -122,7 +122,7 @@ class Group:
         return int(value)
 
     def state_dict(self, module: nn.Module) -> dict[str, Tensor]:
-        """The state dict of a module of `sharded`, whole, in every process; all must call it."""
+        """The state dict of `module`, sharded or not, whole and in every process; all must call it."""
         return {name: whole(tensor) for name, tensor in module.state_dict().items()}
 
     def gather(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
