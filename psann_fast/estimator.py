@@ -22,12 +22,13 @@ from torch import nn
 from . import config as configuration
 from .config import ModelConfig, TrainConfig
 from .data import Examples, Tokenizer, pack, psannLMDataPrep, tokenizer_from_files
+from .data.tokenizer import read_tokenizer_file
 from .generate.engine import Request, run
 from .generate.options import EngineOptions
 from .generate.sampling import SamplingParams
 from .generate.text import TextStream
 from .integrations.upstream import convert
-from .models import build_model
+from .models import build_model, misfit
 from .train import checkpoint
 from .train import checkpoints as checkpoints_of_runs
 from .train.checkpoint import Part
@@ -373,7 +374,7 @@ class psannLM:
         check_backend(backend, "psannLM.load")
         files = checkpoint.read(path)
         try:
-            described = json.loads(files["config.json"].read_text(encoding="utf-8"))
+            described = checkpoint.read_json(files["config.json"])
             weights = load_file(files["model.safetensors"])
             model = cls(config=_saved_config(described["model"], weights, backend, device))
             with torch.random.fork_rng(devices=[]):  # building draws initial weights, which must not move the caller's random state
@@ -383,8 +384,8 @@ class psannLM:
                 module.to(*dtypes)
             module.load_state_dict(weights)
             if described["tokenizer"]:
-                model.tokenizer = tokenizer_from_files({name: files[name].read_bytes() for name in described["tokenizer"]})
-        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+                model.tokenizer = tokenizer_from_files({name: read_tokenizer_file(files[name]) for name in described["tokenizer"]})
+        except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
             raise checkpoint.CheckpointError(f"{path} does not hold a usable model: {error}; load another checkpoint") from error
         return model
 
@@ -434,15 +435,11 @@ def _saved_config(options: Mapping[str, Any], weights: dict[str, torch.Tensor], 
 
 def _check_weights(config: ModelConfig, weights: dict[str, torch.Tensor]) -> None:
     """Raise ValueError unless `config` describes `weights`; a tied output projection is added to them."""
-    if config.n_layers > len(weights):
-        raise ValueError(f"n_layers is {config.n_layers}, but the weights hold only {len(weights)} tensors")
-    if config.tie_embeddings:
+    if config.tie_embeddings and "embed.weight" in weights:
         weights["lm_head.weight"] = weights["embed.weight"]
-    with torch.device("meta"):
-        expected = build_model(config).state_dict()
-    for name in sorted(expected.keys() | weights.keys()):
-        if name not in weights or name not in expected or weights[name].shape != expected[name].shape:
-            raise ValueError(f"the tensor {name} is missing, unknown, or of another shape than the configuration says")
+    wrong = misfit(config, weights)
+    if wrong is not None:
+        raise ValueError(wrong)
 
 
 def _not_main(name: str, snapshot: Snapshot) -> None:

@@ -1,6 +1,7 @@
 """Token shards on disk: written by `psann-fast tokenize`, memory-mapped for training.
 
-    folder/index.json            format, tokenizer files, and for each part its shards with tokens, bytes and checksums; written last
+    folder/index.json            format, tokenizer files, and for each part its shards with tokens, bytes; checksums of all of them and
+                                 of the index itself; written last
     folder/train-00000.bin       ids of documents end to end with separators, as `pack` lays them: uint16, or int32 for a vocabulary
     folder/validation-00000.bin  above 65536, little-endian
 
@@ -19,11 +20,13 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ..sealed import is_sealed, sealed
 from .packing import Examples
-from .tokenizer import Tokenizer, tokenizer_from_files
+from .tokenizer import Tokenizer, read_tokenizer_file, tokenizer_from_files
 
 INDEX = "index.json"
-FORMAT, FORMAT_VERSION = "psann-fast tokens", 1
+FORMAT, FORMAT_VERSION = "psann-fast tokens", 2
+LARGEST_INDEX = 1 << 24  # bytes; a shard takes 130
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -86,12 +89,13 @@ class ShardWriter:
 
 def write_index(folder: Path, tokenizer: Tokenizer, parts: dict[str, dict[str, Any]]) -> None:
     """Write the tokenizer's files and, as the last one, the index."""
-    names = tokenizer.save(folder)
+    tokenizer.save(folder)
+    sums = {name: xxhash.xxh3_128_hexdigest(content) for name, content in tokenizer.to_files().items()}
     index = {
-        "format": FORMAT, "version": FORMAT_VERSION, "dtype": token_dtype(tokenizer.vocab_size).str, "tokenizer": names, "parts": parts,
+        "format": FORMAT, "version": FORMAT_VERSION, "dtype": token_dtype(tokenizer.vocab_size).str, "tokenizer": sums, "parts": parts,
     }  # fmt: skip
     waiting = folder / f"{INDEX}.new"
-    waiting.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    waiting.write_bytes(sealed(index))
     os.replace(waiting, folder / INDEX)
 
 
@@ -111,15 +115,20 @@ class Shards:
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
         self.folder = Path(folder)
         try:
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-            if index["format"] != FORMAT or index["version"] != FORMAT_VERSION:
-                raise ValueError(f"format {index['format']!r} version {index['version']!r}")
-            self.dtype, self.parts = np.dtype(index["dtype"]), index["parts"]
-            self.tokenizer = tokenizer_from_files({_plain(name): (self.folder / name).read_bytes() for name in index["tokenizer"]})
+            index = _read_index(self.folder / INDEX)
+            self.parts = index["parts"]
+            files = {_plain(name): read_tokenizer_file(self.folder / name) for name in index["tokenizer"]}
+            for name, content in files.items():
+                if xxhash.xxh3_128_hexdigest(content) != index["tokenizer"][name]:
+                    raise ValueError(f"{name} does not match its checksum")
+            self.tokenizer = tokenizer_from_files(files)
+            self.dtype = token_dtype(self.tokenizer.vocab_size)
+            if index["dtype"] != self.dtype.str:
+                raise ValueError(f"dtype is {index['dtype']!r}, and should be {self.dtype.str!r}")
             for part in self.parts.values():
                 for entry in part["shards"]:
                     self._check(entry, verify)
-        except (KeyError, TypeError, ValueError, RecursionError, FileNotFoundError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError, FileNotFoundError) as error:
             raise ValueError(f"{self.folder} does not hold usable token shards ({error}); run psann-fast tokenize again") from error
 
     def _check(self, entry: dict[str, Any], verify: bool) -> None:
@@ -128,18 +137,33 @@ class Shards:
         if size != entry["size"] or size != entry["tokens"] * self.dtype.itemsize:
             raise ValueError(f"{path.name} has {max(size, 0)} bytes and should have {entry['size']}")
         if verify:
-            digest = xxhash.xxh3_128()
+            digest, highest = xxhash.xxh3_128(), 0
             with open(path, "rb") as file:
                 while chunk := file.read(1 << 22):
                     digest.update(chunk)
+                    highest = max(highest, int(np.frombuffer(chunk, self.dtype).max()))
             if digest.hexdigest() != entry["xxh3_128"]:
                 raise ValueError(f"{path.name} does not match its checksum")
+            if highest >= self.tokenizer.vocab_size:
+                raise ValueError(f"{path.name} has the id {highest}, and the tokenizer's are 0 to {self.tokenizer.vocab_size - 1}")
 
     def examples(self, part: str, window: int, seed: int) -> ShardedExamples:
         entries = self.parts[part]["shards"]
         streams = [np.memmap(self.folder / entry["file"], self.dtype, mode="r") for entry in entries]
         sums = [entry["xxh3_128"] for entry in entries]
         return ShardedExamples(streams, sums, window, eos_id=self.tokenizer.eos_id, pad_id=self.tokenizer.pad_id, seed=seed)
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    if not path.is_file() or path.stat().st_size > LARGEST_INDEX:
+        raise ValueError(f"{path.name} is missing, or has more than {LARGEST_INDEX:,} bytes")
+    content = path.read_bytes()
+    index = json.loads(content)
+    if index["format"] != FORMAT or index["version"] != FORMAT_VERSION:
+        raise ValueError(f"format {index['format']!r} version {index['version']!r}")
+    if not is_sealed(index, content):
+        raise ValueError(f"{path.name} does not match its checksum")
+    return index
 
 
 def _plain(name: Any) -> str:

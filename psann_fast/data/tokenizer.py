@@ -28,6 +28,8 @@ FORMAT = {"format": "psann-fast tokenizer", "version": 1}
 MODULES = {"simple": "simple_tokenizer", "sentencepiece": "sentencepiece_tokenizer", "tokenizers": "bpe_tokenizer"}
 AUTO_ORDER = ("sentencepiece", "tokenizers", "simple")
 SUFFIXES = {".model": "sentencepiece", ".json": "tokenizers"}
+# The largest that are in use have 35 MB, for 262,144 tokens; reading one takes some ten times as much.
+LARGEST_FILE = 64 << 20
 # Characters that go to a library in one call: a result is some ten times its text, and results are copied out call by call.
 GROUP_CHARACTERS = 1 << 20
 
@@ -132,11 +134,9 @@ class Tokenizer(abc.ABC):
         folder = Path(folder)
         if not (folder / DESCRIPTION).is_file():
             raise FileNotFoundError(f"no tokenizer in {folder}: {DESCRIPTION} is missing; give the folder that save() wrote")
-        content = (folder / DESCRIPTION).read_bytes()
-        description = _description(content)
-        return tokenizer_from_files(
-            {DESCRIPTION: content, **{name: (folder / name).read_bytes() for name in _files_named(description, folder)}}
-        )
+        content = read_tokenizer_file(folder / DESCRIPTION)
+        named = _files_named(_description(content))
+        return tokenizer_from_files({DESCRIPTION: content, **{name: read_tokenizer_file(folder / name) for name in named}})
 
     @abc.abstractmethod
     def _encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
@@ -196,14 +196,21 @@ def _description(content: bytes) -> dict[str, Any]:
     return description
 
 
-def _files_named(description: Mapping[str, Any], folder: Path) -> list[str]:
+def _files_named(description: Mapping[str, Any]) -> list[str]:
     names = [description["file"]] if "file" in description else []
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{DESCRIPTION}: file is {name!r}; it must be the name of a file beside it")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing; {DESCRIPTION} names it")
     return names
+
+
+def read_tokenizer_file(path: Path) -> bytes:
+    """One file of a tokenizer. Raises FileNotFoundError where there is none; ValueError for one larger than any tokenizer."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, or is no file; restore it, or take another tokenizer")
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a tokenizer's file has at most {LARGEST_FILE:,}")
+    return path.read_bytes()
 
 
 def is_importable(name: str) -> bool:
@@ -272,7 +279,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise FileNotFoundError(f"no tokenizer at {path}: there is no such file")
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: a prebuilt tokenizer is a SentencePiece '.model' or a Hugging Face '.json' file")
-    tokenizer = tokenizer_class(SUFFIXES[path.suffix]).prebuilt(path.read_bytes(), str(path))
+    tokenizer = tokenizer_class(SUFFIXES[path.suffix]).prebuilt(read_tokenizer_file(path), str(path))
     losses = describe_losses(lambda text: tokenizer.decode(tokenizer.encode(text)))
     if losses:
         warnings.warn(f"the tokenizer {path} does not give every text back: {'; '.join(losses)}", UserWarning, stacklevel=2)

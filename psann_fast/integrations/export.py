@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from ..config import SINE_PARAMETERS, ModelConfig
 from ..data import Tokenizer
-from ..models import build_model
+from ..models import misfit
 from ..train.checkpoint import CheckpointError
 
 if TYPE_CHECKING:
@@ -102,15 +102,11 @@ def import_exported(folder: str | Path, *, backend: str = "auto", device: str = 
         config = _our_config(described, backend, device)
         if config.n_layers > len(weights):
             raise CheckpointError(f"{folder}: num_hidden_layers is {config.n_layers}, but the weights hold {len(weights)} tensors")
-        with torch.device("meta"):
-            expected = build_model(config).state_dict()
         if config.tie_embeddings and "embed.weight" in weights:
             weights["lm_head.weight"] = weights["embed.weight"]
-        for name in sorted(expected.keys() | weights.keys()):
-            if name not in weights or name not in expected or weights[name].shape != expected[name].shape:
-                raise CheckpointError(
-                    f"{folder}: the tensor {name} is missing, unknown, or of another shape than the configuration says"
-                )
+        wrong = misfit(config, weights)
+        if wrong is not None:
+            raise CheckpointError(f"{folder}: {wrong}")
         model = psannLM(config=config)
         with torch.random.fork_rng(devices=[]):
             model.module.to(weights["embed.weight"].dtype).load_state_dict(weights)
@@ -118,7 +114,7 @@ def import_exported(folder: str | Path, *, backend: str = "auto", device: str = 
             model.tokenizer = Tokenizer.load(folder / TOKENIZER_FOLDER)
         else:
             warnings.warn(f"{folder} has no {TOKENIZER_FOLDER}: set model.tokenizer before generating or scoring", stacklevel=2)
-    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OSError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder} does not hold a usable model: {error}") from error

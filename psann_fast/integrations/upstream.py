@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Collection, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..data import Tokenizer
-from ..models import build_model
+from ..models import misfit
 from .torch_file import StoredTensor, TorchFile
 from .upstream_tokenizer import NotCarried, convert_tokenizer
 
@@ -70,7 +69,9 @@ def convert(
     if tokenizer_state is None:
         notes.append("it has no tokenizer: set model.tokenizer before generating or scoring")
     config = _config(options, state, n_heads, positional_encoding, notes)
-    _check_weights(config, state)
+    wrong = misfit(config, state)
+    if wrong is not None:
+        raise ValueError(f"from_psannlm: {wrong}; the file's parts do not belong together")
     return Imported(config, state, _tokenizer(tokenizer_state, config, notes), tuple(notes))
 
 
@@ -216,18 +217,6 @@ def _sine_options(activation: Mapping[str, Any] | None, sine: Mapping[str, Any] 
         return {}
     options = {f"sine_{name}_bounds": tuple(value) for name, value in bounds.items() if value is not None}
     return {"sine_mode": mode, "sine_learnable": tuple(SINE_NAMES[name] for name in learnable), **options}
-
-
-def _check_weights(config: ModelConfig, state: dict[str, Tensor]) -> None:
-    with torch.device("meta"):
-        expected = build_model(config).state_dict()
-    for name in sorted(expected.keys() | state.keys()):
-        found = tuple(state[name].shape) if name in state else "missing"
-        wanted = tuple(expected[name].shape) if name in expected else "absent"
-        if found != wanted:
-            raise ValueError(
-                f"from_psannlm: the tensor {name} is {found}, and should be {wanted}; the file's parts do not belong together"
-            )
 
 
 def _tokenizer(state: Any, config: ModelConfig, notes: list[str]) -> Tokenizer | None:

@@ -1,7 +1,7 @@
 """A folder of named files that is always either the old version or the new one, whole.
 
-Files carry a generation in their name. manifest.json lists them with sizes and checksums; it is renamed into place last, older
-files go afterwards, and reading touches only what the manifest names. (Renaming a folder cannot replace one that has files.)
+Files carry a generation in their name. manifest.json lists them with sizes and checksums, and has one of itself; it is renamed into
+place last, older files go afterwards, and reading touches only what it names. (Renaming a folder cannot replace one that has files.)
 No pickle: weights are safetensors, everything else JSON or the tokenizer library's own model file.
 """
 
@@ -19,8 +19,11 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ..sealed import is_sealed, sealed
+
 MANIFEST = "manifest.json"
 FORMAT, FORMAT_VERSION = "psann-fast", 1
+LARGEST_JSON = 1 << 20  # bytes; a checkpoint has some seven files and a hundred options
 # What a file is made of: its bytes, tensors by name (safetensors), a file of the same content, or a function that writes it.
 Part = Union[bytes, Mapping[str, Tensor], Path, Callable[[Path], object]]
 SAFETENSORS = {
@@ -66,7 +69,7 @@ def _write(folder: Path, parts: Mapping[str, Part], new: list[Path]) -> dict[str
     waiting = folder / f"{MANIFEST}.new"
     new.append(waiting)
     with open(waiting, "wb") as file:
-        file.write((json.dumps(manifest, indent=2) + "\n").encode("utf-8"))
+        file.write(sealed(manifest))
     _flush(waiting)
     os.replace(waiting, folder / MANIFEST)
     new.clear()  # they are the folder's version now
@@ -155,6 +158,16 @@ def read(folder: str | Path) -> dict[str, Path]:
     return paths
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file of a checkpoint says. Raises ValueError for one that is damaged or larger than any."""
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes; at most {LARGEST_JSON:,} are read")
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError(f"{path.name} is nested too deeply") from error
+
+
 def check_ours(folder: str | Path) -> None:
     """Raise CheckpointError unless the manifest of `folder` is one of ours and whole."""
     _read_manifest(Path(folder))
@@ -168,8 +181,12 @@ def sync(folder: Path) -> None:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     damaged = f"{path} is damaged; load another checkpoint"
+    if path.stat().st_size > LARGEST_JSON:
+        raise CheckpointError(f"{damaged} (it has {path.stat().st_size:,} bytes)")
+    content = path.read_bytes()
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(content)
+        is_whole = is_sealed(manifest, content)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number of thousands of digits; brackets without end
         raise CheckpointError(f"{damaged} ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -180,7 +197,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         )
     files = manifest.get("files")
     ok = isinstance(files, dict) and isinstance(manifest.get("generation"), int)
-    if not ok or not all(_is_entry(entry) for entry in files.values()):
+    # A wrong generation alone would make the next save overwrite the files of this one and then remove them.
+    if not is_whole or not ok or not all(_is_entry(entry) for entry in files.values()):
         raise CheckpointError(damaged)
     return manifest
 

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import xxhash
 from psann_fast import psannLM, psannLMDataPrep
 from psann_fast.cli import main
 from psann_fast.data import pack, tokenizing, train_tokenizer
@@ -15,6 +16,7 @@ from psann_fast.data.corpora import documents
 from psann_fast.data.packing import IGNORED, Examples
 from psann_fast.data.shards import Permutation, ShardedExamples, Shards
 from psann_fast.data.tokenizing import tokenize
+from psann_fast.sealed import sealed
 from tiny import SENTENCES, fitted, model
 
 TEXTS = [sentence * (3 + 40 * (i % 3)) for i, sentence in enumerate(SENTENCES * 6)] + ["caf\u00e9 \U0001f600", "x", "\u0416" * 9000]
@@ -129,12 +131,8 @@ def test_damage_is_found(folder):
         whole = (folder / name).read_bytes()
         for content in (b"", whole[:-1], whole + b"\0", whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :]):
             (folder / name).write_bytes(content)
-            try:
-                opened = Shards(folder)
-            except ValueError as error:
-                assert "run psann-fast tokenize again" in str(error)
-            else:  # white space or a count of bytes in the index
-                assert not name.endswith(".bin") and opened.tokenizer.vocab_size
+            with pytest.raises(ValueError, match="run psann-fast tokenize again"):
+                Shards(folder)
         (folder / name).write_bytes(whole)
     (folder / "train-00000.bin").unlink()
     with pytest.raises(ValueError, match="train-00000.bin has 0 bytes and should have"):
@@ -143,12 +141,28 @@ def test_damage_is_found(folder):
         Shards(folder.parent)
 
 
+def change_index(folder, change) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    del index["xxh3_128"]  # whoever means harm can compute it anew
+    change(index)
+    (folder / "index.json").write_bytes(sealed(index))
+
+
 @pytest.mark.parametrize("name", ["../a.jsonl", "/etc/hostname", "..", ""])
 def test_an_index_reaches_nothing_outside_its_folder(folder, name):
-    index = json.loads((folder / "index.json").read_text())
-    index["parts"]["train"]["shards"][0]["file"] = name
-    (folder / "index.json").write_text(json.dumps(index))
+    change_index(folder, lambda index: index["parts"]["train"]["shards"][0].update(file=name))
     with pytest.raises(ValueError, match="is not the name of a file beside index.json"):
+        Shards(folder)
+
+
+def test_an_id_beyond_the_vocabulary_is_found(folder):
+    path = folder / "train-00000.bin"
+    ids = np.fromfile(path, np.uint16)
+    ids[5] = 60_000
+    ids.tofile(path)
+    digest = xxhash.xxh3_128_hexdigest(ids.tobytes())
+    change_index(folder, lambda index: index["parts"]["train"]["shards"][0].update(xxh3_128=digest))
+    with pytest.raises(ValueError, match=r"train-00000.bin has the id 60000, and the tokenizer's are 0 to \d+\)"):
         Shards(folder)
 
 
