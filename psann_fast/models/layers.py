@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Iterator
 
 import torch
-from psann_kernels import DampedSine, OPS, paged_append, paged_attention, rms_norm, rope_attention, rotary_tables, wave_conv
+from psann_kernels import (
+    OPS, DampedSine, DampedSineMLP, paged_append, paged_attention, rms_norm, rope_attention, rotary_tables, wave_conv,
+)  # fmt: skip
 from psann_kernels.registry import Op, for_model
 from torch import Tensor, nn
 
@@ -180,10 +182,9 @@ class Attention(nn.Module):
         )  # fmt: skip
 
 
-def sine_of(config: ModelConfig, features: int) -> DampedSine:
-    """The damped sine that a configuration asks for."""
-    return DampedSine(
-        features,
+def sine_options(config: ModelConfig) -> dict[str, Any]:
+    """DampedSine's options that a configuration asks for."""
+    return dict(
         amplitude=config.sine_amp_init,
         frequency=config.sine_freq_init,
         damping=config.sine_damp_init,
@@ -193,26 +194,25 @@ def sine_of(config: ModelConfig, features: int) -> DampedSine:
         learnable=config.learnable_sine,
         bounds=config.sine_bounds,
         mode=config.sine_mode,
-        backend=for_model(config.backend, OPS["damped_sine"]),
     )
 
 
-class SineMLP(nn.Module):
-    """fc2(damped_sine(fc1(x)))."""
+class SineMLP(DampedSineMLP):
+    """dropout(fc2(damped_sine(fc1(x))))."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(config.d_model, config.d_mlp)
-        self.act = sine_of(config, config.d_mlp)
-        self.fc2 = nn.Linear(config.d_mlp, config.d_model)
+        backend = for_model(config.backend, OPS["damped_sine_mlp"])
+        super().__init__(config.d_model, config.d_mlp, backend=backend, **sine_options(config))
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.fc2(self.act(self.fc1(x))))
+        return self.dropout(super().forward(x))
 
 
 class WaveBranch(nn.Module):
     """out_proj(damped_sine(causal depthwise dilated convolution of norm(x))): mixing over the near past, beside attention."""
+
+    speaks_for = ("act",)
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class WaveBranch(nn.Module):
         self.norm = RMSNorm(config.d_model, config.backend)
         self.weight = nn.Parameter(torch.empty(config.d_model, self.kernel_size))
         self.bias = nn.Parameter(torch.zeros(config.d_model))
-        self.act = sine_of(config, config.d_model)
+        self.act = DampedSine(config.d_model, backend=config.backend, **sine_options(config))
         self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.backend = for_model(config.backend, OPS["wave_conv"])

@@ -28,7 +28,7 @@ MODULES = {
 EVERY_MODULE = pytest.mark.parametrize("name", MODULES)
 # The op that a module is there for.
 MAIN_OP = {
-    "DampedSine": "damped_sine", "DampedSineMLP": "damped_sine", "RMSNorm": "rms_norm", "RotaryAttention": "rope_attention",
+    "DampedSine": "damped_sine", "DampedSineMLP": "damped_sine_mlp", "RMSNorm": "rms_norm", "RotaryAttention": "rope_attention",
     "WaveConv": "wave_conv",
 }  # fmt: skip
 
@@ -107,6 +107,8 @@ def test_explain_names_the_op_and_its_backend(name):
     rows = {row["op"]: row for row in explain(made(name, backend="triton"))}
     assert rows[MAIN_OP[name]]["backend"] == "triton" and rows[MAIN_OP[name]]["serves"] == "yes"
     assert {row["op"]: row["backend"] for row in explain(made(name, backend="torch"))}.keys() == rows.keys()
+    # A sine that only lends its parameters to another op is no call.
+    assert ("damped_sine" in rows) == (name == "DampedSine")
 
 
 # -- what each computes ---------------------------------------------------------------------------------------------------------
@@ -119,6 +121,57 @@ def test_damped_sine_mlp_takes_the_weights_of_psanns():
     x = input_of()
     torch.testing.assert_close(ours(x), theirs["fc2"](theirs["act"](theirs["fc1"](x))))
     assert DampedSineMLP(4, 8, bias=False, mode="relu").fc1.bias is None
+
+
+def test_damped_sine_mlp_is_its_parts_under_autocast():
+    module = made("DampedSineMLP")
+    with torch.autocast("cpu", torch.bfloat16):
+        one = results(module, input_of())
+        module.zero_grad(set_to_none=True)
+        handle = module.act.register_forward_hook(lambda *_: None)
+        parts = results(module, input_of())
+        handle.remove()
+    assert one["y"].dtype == torch.bfloat16 and all(torch.equal(one[key], parts[key]) for key in parts)
+    with torch.device("meta"):
+        assert DampedSineMLP(4, 8)(torch.empty(3, 4)).shape == (3, 4)
+
+
+class Doubled(nn.Linear):
+    """Stands in a layer's place, as an adapter does."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("part", ["fc1", "act", "fc2"])
+def test_damped_sine_mlp_calls_its_parts_where_somebody_listens(part):
+    module, seen = made("DampedSineMLP"), []
+    expected = results(module, input_of())
+    for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook"):
+        module.zero_grad(set_to_none=True)
+        handle = getattr(getattr(module, part), register)(lambda *_: seen.append(1))
+        assert {row["op"] for row in explain(module)} == {"damped_sine"}
+        found = results(module, input_of())
+        handle.remove()
+        assert seen.pop() and not seen
+        for key, value in found.items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-6)
+    assert {row["op"] for row in explain(module)} == {"damped_sine_mlp"}
+
+
+def test_damped_sine_mlp_calls_what_stands_in_its_parts_place():
+    module = made("DampedSineMLP")
+    adapter = Doubled(FEATURES, 24)
+    adapter.load_state_dict(module.fc1.state_dict())
+    expected = F.linear(module.act(2 * F.linear(input_of(), adapter.weight, adapter.bias)), module.fc2.weight, module.fc2.bias)
+    module.fc1 = adapter
+    torch.testing.assert_close(module(input_of()), expected)
+    module.fc1, module.act = nn.Linear(FEATURES, 24), nn.GELU()
+    torch.testing.assert_close(module(input_of()), module.fc2(F.gelu(module.fc1(input_of()))))
+    assert not explain(module)
+    module.fused = True
+    with pytest.raises(ValueError, match="fused=True, but fc1, act or fc2 has hooks or was replaced"):
+        module(input_of())
 
 
 def test_rms_norm_is_torchs():

@@ -37,7 +37,7 @@ def test_losses_text_and_table(base):
     assert texts[0] == texts[1] and all(texts[0])
 
     rows = {row["op"]: row for row in explain(fast.module)}
-    assert {"damped_sine", "rms_norm", "rope_attention"} <= set(rows)
+    assert {"damped_sine_mlp", "rms_norm", "rope_attention"} <= set(rows)
     for name, row in rows.items():
         is_native = "native" in OPS[name].implementations
         assert row["serves"] == "yes" and row["backend"] == ("native" if is_native else "torch")

@@ -213,7 +213,7 @@ def wave_dilations():
 def backend():
     for name in ("torch", "triton"):
         serving = {row["op"]: row["backend"] for row in explain(tiny(backend=name))}
-        assert serving["damped_sine"] == name
+        assert serving["damped_sine_mlp"] == name
     torch.testing.assert_close(logits(tiny(backend="torch")), logits(tiny(backend="auto")), rtol=0, atol=1e-4)
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from .damped_sine import OP as SINE
 from .damped_sine import check_sine
+from .library import cast_dtype
 from .registry import Op
 
 LINEAR = Op("linear_damped_sine")
@@ -146,8 +147,7 @@ def _named(backend: str, fused: bool) -> str:
 
 def _like_hidden(x: Tensor, w: Tensor) -> Tensor:
     """No rows of what x @ w^T will be: its device, dtype and width, for checks and refusals that read no more."""
-    is_cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    return x.new_empty((0, w.shape[0]), dtype=torch.get_autocast_dtype(x.device.type) if is_cast else x.dtype)
+    return x.new_empty((0, w.shape[0]), dtype=cast_dtype(x))
 
 
 def _check_linear(op: str, x: Tensor, weight_name: str, weight: Tensor, bias_name: str, bias: Tensor | None) -> None:
@@ -160,7 +160,7 @@ def _check_linear(op: str, x: Tensor, weight_name: str, weight: Tensor, bias_nam
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: {bias_name} has shape {tuple(bias.shape)}; pass one per output, ({weight.shape[0]},), or None")
     for name, t in ((weight_name, weight), (bias_name, bias)):
-        if t is not None and t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if t is not None and cast_dtype(t) != cast_dtype(x):
             raise ValueError(f"{op}: {name} is {t.dtype} beside a {x.dtype} x; pass it as {x.dtype}")
         if t is not None and t.device != x.device:
             raise ValueError(f"{op}: {name} is on {t.device} and x on {x.device}; put them on one device")

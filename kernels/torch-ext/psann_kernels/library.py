@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Callable
 
 import torch
+from torch import Tensor
 
 NAMESPACE = (__package__ or "psann_kernels").replace(".", "_")
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -37,3 +38,10 @@ def define(
     if backward is not None:
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def cast_dtype(t: Tensor) -> torch.dtype:
+    """The dtype in which products of t take place: its own, or under torch.autocast what that asks for."""
+    device = t.device.type
+    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and t.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if is_cast else t.dtype

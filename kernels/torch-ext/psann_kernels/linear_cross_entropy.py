@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .library import cast_dtype
 from .registry import Op
 
 OP = Op("linear_cross_entropy")
@@ -56,8 +57,7 @@ def linear_cross_entropy(
     arXiv:2408.00118; label smoothing, Szegedy et al. 2016, arXiv:1512.00567.
     """
     _check(x, weight, targets, bias, label_smoothing, z_loss, soft_cap, reduction, chunk)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(cast_dtype(x))
     options = dict(
         bias=bias, ignore_index=ignore_index, label_smoothing=float(label_smoothing), z_loss=float(z_loss),
         soft_cap=None if soft_cap is None else float(soft_cap), reduction=reduction, chunk=chunk,
@@ -114,9 +114,8 @@ def _check(
             f"token, torch.int64 {tuple(x.shape[:-1])}"
         )
     wide = torch.promote_types(x.dtype, torch.float32)
-    is_cast = torch.is_autocast_enabled(x.device.type)
     for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.dtype not in (x.dtype, wide) and not (is_cast and t.dtype == torch.get_autocast_dtype(x.device.type)):
+        if t is not None and t.dtype not in (x.dtype, wide, cast_dtype(x)):
             raise ValueError(f"linear_cross_entropy: {name} is {t.dtype} beside a {x.dtype} x; pass it as {x.dtype} or {wide}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear_cross_entropy: bias has shape {tuple(bias.shape)}; pass one per class, ({weight.shape[0]},)")

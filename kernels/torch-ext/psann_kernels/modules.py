@@ -104,8 +104,11 @@ class DampedSineMLP(nn.Module):
     sine      further options of DampedSine
 
     State: `fc1.weight`, `fc1.bias`, `act._A`, `act._f`, `act._d`, `fc2.weight`, `fc2.bias`, the names of psannlm's MLP. The linear
-    layers start as nn.Linear does. Raises ValueError as DampedSine.
+    layers start as nn.Linear does. One call of damped_sine_mlp, unless a part has hooks or another stands in its place (an adapter):
+    then the parts are called one by one, so that these take part. Raises ValueError as DampedSine, and for fused with such parts.
     """
+
+    speaks_for = ("act",)
 
     def __init__(
         self,
@@ -126,13 +129,37 @@ class DampedSineMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        if not self.fused:
-            # Called as modules, so that hooks on them and adapters in their place take part.
-            return self.fc2(self.act(self.fc1(x)))
-        return damped_sine_mlp(
-            x, self.fc1.weight, self.fc1.bias, *self.act.parameters_of_sine(), self.fc2.weight, self.fc2.bias, mode=self.act.mode, fused=True,
-            backend=self.act.backend,
-        )  # fmt: skip
+        if self._has_own_parts():
+            return damped_sine_mlp(x, *self._tensors(), **self._options(), backend=self.act.backend)
+        if self.fused:
+            raise ValueError(
+                "DampedSineMLP: fused=True, but fc1, act or fc2 has hooks or was replaced, and the fused kernel would pass over that; "
+                "take it away or set fused=False"
+            )
+        return self.fc2(self.act(self.fc1(x)))
+
+    def _has_own_parts(self) -> bool:
+        """Whether the three parts are what __init__ made, with nothing of anybody else's around them."""
+        return all(
+            type(part) is kind
+            and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
+            and "forward" not in part.__dict__
+            for part, kind in ((self.fc1, nn.Linear), (self.act, DampedSine), (self.fc2, nn.Linear))
+        )
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return self.fc1.weight, self.fc1.bias, *self.act.parameters_of_sine(), self.fc2.weight, self.fc2.bias
+
+    def _options(self) -> dict[str, Any]:
+        return {"mode": self.act.mode, "fused": self.fused}
+
+    def example_calls(self) -> ExampleCalls:
+        """The op call that `explain(model)` asks about; the sine's own where the parts are called one by one."""
+        if self._has_own_parts():
+            x = self.fc1.weight.new_empty((1, self.fc1.in_features))
+            yield OPS["damped_sine_mlp"], self.act.backend, (x, *self._tensors()), self._options()
+        elif hasattr(self.act, "example_calls"):
+            yield from self.act.example_calls()
 
 
 class LinearCrossEntropy(nn.Module):
@@ -339,6 +366,8 @@ class WaveConv(nn.Module):
 
     State: `weight` (F, K), uniform within 1 / sqrt(K) at first, `bias` (F,) and `act._A`, `act._f`, `act._d`. Source: as wave_conv.
     """
+
+    speaks_for = ("act",)
 
     def __init__(
         self, features: int, kernel_size: int = 4, *, dilation: int = 1, bias: bool = True, backend: str = "auto", **sine: Any

@@ -123,7 +123,8 @@ def explain(subject: str | torch.nn.Module, *args: Any, **kwargs: Any) -> list[d
     """Say which backend serves an op, and why the others do not.
 
     subject   an op's name, followed by that call's arguments; or a model. Modules that call ops describe their calls by a
-              method `example_calls()` yielding (op, backend, args, kwargs) with tensors of the shapes that they really use.
+              method `example_calls()` yielding (op, backend, args, kwargs) with tensors of the shapes that they really use, and
+              name in `speaks_for` the submodules whose tensors they pass on, which then call no op of their own.
 
     Returns rows of op, backend, serves ("yes" or "no"), reason. For a model: one row per distinct op, the backend that runs.
     Raises ValueError for an unknown op.
@@ -143,9 +144,11 @@ def explain(subject: str | torch.nn.Module, *args: Any, **kwargs: Any) -> list[d
 
 
 def _calls(model: torch.nn.Module) -> Iterator[tuple[Op, str, tuple[Any, ...], dict[str, Any]]]:
-    for module in model.modules():
-        if hasattr(module, "example_calls"):
-            yield from module.example_calls()
+    if hasattr(model, "example_calls"):
+        yield from model.example_calls()
+    for name, part in model.named_children():
+        if name not in getattr(model, "speaks_for", ()):
+            yield from _calls(part)
 
 
 def _chosen(op: Op, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str]:
