@@ -29,7 +29,8 @@ class LanguageModel(nn.Module):
         if config.vocab_size is None:
             raise ValueError("LanguageModel: config.vocab_size is None; give the number of token ids")
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        # Drawn in reset_parameters alone: nn.Embedding's own draw is thrown away, and without memory it imports torch's compiler (2 s).
+        self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.d_model), freeze=False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.n_layers))
         self.ln_f = RMSNorm(config.d_model, config.backend)
@@ -49,7 +50,8 @@ class LanguageModel(nn.Module):
             elif isinstance(module, WaveBranch):
                 bound = 1 / math.sqrt(module.kernel_size)
                 nn.init.uniform_(module.weight, -bound, bound)
-        nn.init.normal_(self.embed.weight, std=0.02)
+        if not self.embed.weight.is_meta:
+            nn.init.normal_(self.embed.weight, std=0.02)
 
     def forward(
         self, input_ids: Tensor, document_starts: Tensor | None = None, targets: Tensor | None = None, label_smoothing: float = 0.0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import subprocess
+import sys
 import warnings
 
 import psannlm
@@ -73,6 +75,18 @@ def test_a_loaded_model_generates_and_scores_the_same(base, tmp_path):
     assert not loaded.module.training and loaded.history_ == []
     # And it can go on training.
     assert fitted(loaded, data(tokenizer=loaded.tokenizer), max_steps=1).history_[0]["loss"] < lm.history_[0]["loss"]
+
+
+def test_loading_and_generating_do_not_import_torchs_compiler(tmp_path):
+    # Initialising a layer without memory did: two seconds before the first token.
+    fitted(model(sine_params=dict(freq_init_std=0.1)), max_steps=1).save(tmp_path)
+    code = (
+        "import sys; from psann_fast import psannLM\n"
+        "psannLM.load(sys.argv[1], device='cpu').generate('The', max_new_tokens=2)\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("tokenizer", ["sentencepiece", "tokenizers"])

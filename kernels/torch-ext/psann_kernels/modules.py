@@ -405,6 +405,8 @@ class WaveConv(nn.Module):
 
 def _raw(mean: float, std: float, features: int, floor: float = 0.0) -> Tensor:
     """What softplus takes to `mean` (spread by `std`) less `floor`."""
+    if torch.get_default_device().type == "meta":
+        return torch.empty(features)  # a shape is asked for; to compute it, torch would import its compiler (2 s)
     value = torch.full((features,), float(mean), dtype=torch.float64)
     if std:
         # A draw near or below zero would make a dead feature; a hundredth of the mean is as small as one may start.
