@@ -227,9 +227,14 @@ def signal_once(folder: Path, signum: int, delay: float, **options) -> int:
     os.kill(process.pid, signum)
     assert processes.exit_status(process) == {signal.SIGTERM: 143, signal.SIGINT: 130}[signum]
     found = checkpoints.newest(folder / "run")
-    step = 0 if found is None else found.step
-    assert step == last_row(folder / "run") < 400, "a row for each step, so the last finished step is the last row's"
-    return step
+    if found is None:
+        assert last_row(folder / "run") == 0
+        return 0
+    # A row for each step, so the last finished step is the last row's, or the one whose validation was interrupted.
+    pending = found.state["pending"]
+    assert found.step == last_row(folder / "run") + (pending is not None) < 400
+    assert pending is None or pending["step"] == found.step
+    return found.step
 
 
 def finish(folder: Path, **options) -> dict[str, torch.Tensor]:
@@ -243,6 +248,17 @@ def test_signals_save_the_last_finished_step(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         assert signal_once(folder, signum, 0.15) > 0
+
+
+@pytest.mark.campaign(weight=1)
+def test_signals(campaign, tmp_path):
+    """At any time after the first step: in a step, a validation, a save. The save has every seventh step already."""
+    for seed in campaign:
+        draw, folder = random.Random(seed), tmp_path / str(seed)
+        folder.mkdir()
+        signum = draw.choice([signal.SIGTERM, signal.SIGINT])
+        signal_once(folder, signum, draw.uniform(0, 0.5), save_interval_steps=7, eval_interval_steps=3, async_checkpoints=draw.random() < 0.3)
+        shutil.rmtree(folder)
 
 
 def test_a_second_signal_ends_at_once(tmp_path):

@@ -83,6 +83,23 @@ def test_a_run_goes_on_from_every_step_bit_for_bit(options):
 
 
 @pytest.mark.campaign(weight=1)
+def test_two_hundred_steps_go_on_from_every_one(campaign):
+    """A run of 200 steps with accumulation, dropout, ragged last steps and validations, continued to its end after each of them."""
+    options = dict(max_steps=200, epochs=60, eval_interval_steps=20)
+    starts: list[int] = []
+    for seed in campaign:
+        if not starts:
+            draw_base = random.Random(seed).choice(["respsann", "waveresnet"])
+            whole, history = run(module=tiny(seed, base=draw_base, dropout=0.2), **options)
+            assert list(whole) == list(range(1, 201))
+            starts = random.Random(seed).sample(range(1, 200), 199)
+        step = starts.pop()
+        again, rows = run(module=tiny(seed + 1, base=draw_base, dropout=0.2), resumed=whole[step], save_interval_steps=200, **options)
+        same(Snapshot(200, whole[200].weights, whole[200].tensors, {**whole[200].state, "train": again[200].state["train"]}), again[200])
+        assert rows == [row for row in history if row["step"] > step]
+
+
+@pytest.mark.campaign(weight=1)
 def test_resumed_runs(campaign):
     """Other shapes of run, each continued from a random step: accumulation, dropout, packing, epochs, length."""
     for seed in campaign:
