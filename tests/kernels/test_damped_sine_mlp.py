@@ -125,6 +125,17 @@ def test_autocast_brings_float32_weights_to_the_fused_kernels():
         assert g.dtype == t.dtype and torch.equal(g, e.to(t.dtype))
 
 
+def test_autocast_leaves_float64_alone():
+    tensors, _ = inputs((4, 16, 32, 16), torch.float32)
+    wide = [t.double() for t in tensors]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(damped_sine_mlp(*wide), mlp_reference(*wide))
+        with pytest.raises(ValueError, match="w1 is torch.float32 beside a torch.float64 x"):
+            damped_sine_mlp(wide[0], *tensors[1:3], *wide[3:])
+        with pytest.raises(BackendError, match="x is torch.float64 and fused=True"):
+            damped_sine_mlp(*wide, fused=True)
+
+
 def test_the_module_asks_for_the_fused_kernels():
     serving("triton", True)
     torch.manual_seed(0)

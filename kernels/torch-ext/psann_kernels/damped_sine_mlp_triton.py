@@ -17,18 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .damped_sine_mlp import offer_fused
-from .damped_sine_triton import damped_sine_triton_backward, envelope
-from .library import define
+from .damped_sine_triton import damped_sine_triton_backward, gradients_of_sine, sine_of
+from .library import cast_dtype, define
 from .rope_attention_tiles_triton import load_operand
 from .triton_support import (
     Configuration,
     as_rows,
-    cosine_of_turns,
     narrow,
     refuses_device,
-    sine_of_turns,
     split_turns,
-    turns_of,
     widen,
 )
 
@@ -91,8 +88,7 @@ def _forward_kernel(
     damping = tl.load(damping_ptr + c, mask=inside, other=0.0)[None, :]
     high, low = split_turns(tl.load(frequency_ptr + c, mask=inside, other=0.0)[None, :])
     z = widen(rounded)
-    e, _ = envelope(z, damping, MODE)
-    y = amplitude * e * sine_of_turns(turns_of(z, high, low), dtype)
+    y = sine_of(z, amplitude, high, low, damping, MODE, dtype)
     tl.store(y_ptr + r[:, None] * features + c[None, :], narrow(y, dtype), mask=here)
 
 
@@ -114,16 +110,7 @@ def _backward_kernel(
     damping = tl.load(damping_ptr + c, mask=inside, other=0.0)[None, :]
     high, low = split_turns(frequency)
     z = widen(tl.load(z_ptr + r[:, None] * features + c[None, :], mask=here, other=0.0))
-    e, g = envelope(z, damping, MODE)
-    turns = turns_of(z, high, low)
-    p = dh * e
-    ps = p * sine_of_turns(turns, dtype)
-    pc = p * cosine_of_turns(turns, dtype)
-    dz = amplitude * frequency * pc
-    if MODE == "abs":
-        dz -= amplitude * damping * tl.where(z < 0, -ps, ps)
-    elif MODE == "relu":
-        dz -= amplitude * damping * tl.where(z > 0, ps, 0.0)
+    dz, ps, pc, g = gradients_of_sine(dh, z, high, low, damping, amplitude * frequency, amplitude * damping, MODE, dtype)
     tl.store(dz_ptr + r[:, None] * features + c[None, :], narrow(dz, dtype), mask=here)
 
     partial = partial_ptr + row_tile * 4 * features + c
@@ -273,8 +260,7 @@ def configurations() -> list[Configuration]:
 
 
 def refuses(x: Tensor, w: Tensor, b: Tensor | None, *rest: Any, mode: str = "abs") -> str | None:
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    if dtype not in (torch.float16, torch.bfloat16):
+    if (dtype := cast_dtype(x)) not in (torch.float16, torch.bfloat16):
         return f"x is {dtype} and fused=True; the fused kernels serve float16 and bfloat16"
     widths = (*w.shape, *(rest[3].shape if len(rest) > 3 else ()))
     if any(width % WHOLE or width == 0 for width in widths):
@@ -285,10 +271,8 @@ def refuses(x: Tensor, w: Tensor, b: Tensor | None, *rest: Any, mode: str = "abs
 def _prepared(*tensors: Tensor | None) -> tuple[bool, list[Tensor | None]]:
     """Whether any of them needs a gradient, and the tensors as autocast has them."""
     keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return keeps, list(tensors)
-    return keeps, [None if t is None else t.to(torch.get_autocast_dtype(device)) for t in tensors]
+    dtype = cast_dtype(tensors[0])
+    return keeps, [None if t is None else t.to(dtype) for t in tensors]
 
 
 def _serve_linear(x: Tensor, w: Tensor, b: Tensor | None, *parameters: Tensor, mode: str) -> Tensor:

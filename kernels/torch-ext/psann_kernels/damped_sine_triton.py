@@ -58,6 +58,31 @@ def envelope(z, damping, MODE: tl.constexpr):
 
 
 @triton.jit
+def sine_of(z, amplitude, high, low, damping, MODE: tl.constexpr, dtype: tl.constexpr):
+    """The damped sine of z; high and low as split_turns gives them of the frequency, `dtype` as in sine_of_turns."""
+    e, _ = envelope(z, damping, MODE)
+    return amplitude * e * sine_of_turns(turns_of(z, high, low), dtype)
+
+
+@triton.jit
+def gradients_of_sine(dy, z, high, low, damping, rise, fall, MODE: tl.constexpr, dtype: tl.constexpr):
+    """dz where rise is amplitude * frequency and fall amplitude * damping; and what dz shares with the parameters' gradients: dy times
+    envelope and sine, dy times envelope and cosine, and g(z)."""
+    e, g = envelope(z, damping, MODE)
+    turns = turns_of(z, high, low)
+    p = dy * e
+    ps = p * sine_of_turns(turns, dtype)
+    pc = p * cosine_of_turns(turns, dtype)
+    dz = rise * pc
+    # At z = 0 the slope of |z| counts as 0, as in torch; nothing needs to be done for it, because ps is 0 there.
+    if MODE == "abs":
+        dz -= fall * tl.where(z < 0, -ps, ps)
+    elif MODE == "relu":
+        dz -= fall * tl.where(z > 0, ps, 0.0)
+    return dz, ps, pc, g
+
+
+@triton.jit
 def _tile(BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
     """Row program, rows (BLOCK_R,), columns (BLOCK_F,) of this program. Neighbours share rows, so that memory is read in order."""
     program = tl.program_id(1).to(tl.int64) + tl.program_id(2).to(tl.int64) * tl.num_programs(1).to(tl.int64)
@@ -79,8 +104,7 @@ def _forward_kernel(
     high, low = split_turns(tl.load(frequency_ptr + c, mask=inside, other=0.0)[None, :])
     z = widen(tl.load(z_ptr + r[:, None] * z_stride + c[None, :], mask=here, other=0.0))
 
-    e, _ = envelope(z, damping, MODE)
-    y = amplitude * e * sine_of_turns(turns_of(z, high, low), dtype)
+    y = sine_of(z, amplitude, high, low, damping, MODE, dtype)
 
     tl.store(y_ptr + r[:, None] * features + c[None, :], narrow(y, dtype), mask=here)
 
@@ -108,17 +132,7 @@ def _backward_kernel(
         z = widen(tl.load(z_ptr + r[:, None] * z_stride + c[None, :], mask=here, other=0.0))
         dy = widen(tl.load(dy_ptr + r[:, None] * dy_stride + c[None, :], mask=here, other=0.0))
 
-        e, g = envelope(z, damping, MODE)
-        turns = turns_of(z, high, low)
-        p = dy * e
-        ps = p * sine_of_turns(turns, dtype)
-        pc = p * cosine_of_turns(turns, dtype)
-        dz = amplitude * frequency * pc
-        # At z = 0 the slope of |z| counts as 0, as in torch; nothing needs to be done for it, because ps is 0 there.
-        if MODE == "abs":
-            dz -= amplitude * damping * tl.where(z < 0, -ps, ps)
-        elif MODE == "relu":
-            dz -= amplitude * damping * tl.where(z > 0, ps, 0.0)
+        dz, ps, pc, g = gradients_of_sine(dy, z, high, low, damping, amplitude * frequency, amplitude * damping, MODE, dtype)
         tl.store(dz_ptr + r[:, None] * features + c[None, :], narrow(dz, dtype), mask=here)
 
         sum_amplitude += ps

@@ -20,17 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .damped_sine_triton import envelope
+from .damped_sine_triton import gradients_of_sine, sine_of
 from .library import define
 from .triton_support import (
     Configuration,
-    cosine_of_turns,
     narrow,
     refuses_device,
     refuses_dtype,
-    sine_of_turns,
     split_turns,
-    turns_of,
     widen,
 )
 from .wave_conv import OP
@@ -109,8 +106,7 @@ def _forward_kernel(
                 tap += _before(state_ptr, document, length + back - start, length, c, features, here)
             convolved = tl.fma(weights[j], tap, convolved)
 
-        e, _ = envelope(convolved, damping, MODE)
-        y = amplitude * e * sine_of_turns(turns_of(convolved, high, low), dtype)
+        y = sine_of(convolved, amplitude, high, low, damping, MODE, dtype)
 
         tl.store(y_ptr + t * features + c, narrow(y, dtype), mask=here)
         t += BLOCK_T
@@ -203,18 +199,8 @@ def _backward_kernel(
             for j in tl.static_range(K):
                 convolved = tl.fma(weights[j], taps[j], convolved)
 
-            e, g = envelope(convolved, damping, MODE)
-            turns = turns_of(convolved, high, low)
-            p = dy * e
-            ps = p * sine_of_turns(turns, dtype)
-            pc = p * cosine_of_turns(turns, dtype)
-            dc = frequency * pc
-            # At 0 the slope of |c| counts as 0, as in torch; nothing needs to be done for it, because ps is 0 there.
-            if MODE == "abs":
-                dc -= damping * tl.where(convolved < 0, -ps, ps)
-            elif MODE == "relu":
-                dc -= damping * tl.where(convolved > 0, ps, 0.0)
-            dc = tl.where(token < end, amplitude * dc, 0.0)
+            dc, ps, pc, g = gradients_of_sine(dy, convolved, high, low, damping, amplitude * frequency, amplitude * damping, MODE, dtype)
+            dc = tl.where(token < end, dc, 0.0)
 
             # The tokens after the last are another walk's to count.
             sum_amplitude += tl.where(token < last, ps, 0.0)
