@@ -41,7 +41,9 @@ class Guard:
                 "authentication_error",
                 code="invalid_api_key",
             )
-            refusal = JSONResponse(body, 401, {"WWW-Authenticate": 'Basic realm="psann-fast", charset="UTF-8"'})
+            # Asked by Basic, a browser opens a dialog: right for an address that someone opened, wrong for what our page posts.
+            challenge = "Bearer" if scope["method"] == "POST" else "Basic"
+            refusal = JSONResponse(body, 401, {"WWW-Authenticate": f'{challenge} realm="psann-fast", charset="UTF-8"'})
             await refusal(scope, receive, counted)
             return
         await self._app(scope, receive, counted)
