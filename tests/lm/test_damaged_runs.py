@@ -30,42 +30,42 @@ def place(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step-{step:08d}"
 
 
-def turned(content: bytes, draw: random.Random, path: Path) -> bytes:
+def turned(content: bytes, draw: random.Random, path: Path, whole: Path) -> bytes:
     at = draw.randrange(len(content))
     return content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :]
 
 
-def zeroed(content: bytes, draw: random.Random, path: Path) -> bytes:
+def zeroed(content: bytes, draw: random.Random, path: Path, whole: Path) -> bytes:
     """A block that never reached the disk."""
     at = draw.randrange(len(content))
     return content[:at] + bytes(min(512, len(content) - at)) + content[at + 512 :]
 
 
-def of_another_step(content: bytes, draw: random.Random, path: Path) -> bytes:
-    return (place(path.parents[2], draw.choice(STEPS[:2])) / path.name).read_bytes()
+def of_another_step(content: bytes, draw: random.Random, path: Path, whole: Path) -> bytes:
+    return (place(whole, draw.choice(STEPS)) / path.name).read_bytes()
 
 
-def of_another_name(content: bytes, draw: random.Random, path: Path) -> bytes:
+def of_another_name(content: bytes, draw: random.Random, path: Path, whole: Path) -> bytes:
     return draw.choice([other for other in sorted(path.parent.iterdir()) if other != path]).read_bytes()
 
 
 KINDS = {
     "a bit": turned,
-    "a truncation": lambda content, draw, path: content[: draw.randrange(len(content))],
-    "more bytes": lambda content, draw, path: content + draw.randbytes(draw.randrange(1, 9)),
+    "a truncation": lambda content, draw, path, whole: content[: draw.randrange(len(content))],
+    "more bytes": lambda content, draw, path, whole: content + draw.randbytes(draw.randrange(1, 9)),
     "a block of zeros": zeroed,
     "a file of another step": of_another_step,
     "another file of the step": of_another_name,
-    "no file": lambda content, draw, path: None,
+    "no file": lambda content, draw, path, whole: None,
 }
 
 
-def damage(folder: Path, step: int, draw: random.Random) -> str:
+def damage(folder: Path, whole: Path, step: int, draw: random.Random) -> str:
     """Damage one file of a step; returns what was done."""
     while True:
         path = draw.choice(sorted(place(folder, step).iterdir()))
         content, kind = path.read_bytes(), draw.choice(list(KINDS))
-        spoilt = KINDS[kind](content, draw, path)
+        spoilt = KINDS[kind](content, draw, path, whole)
         if spoilt is None and path.name != MANIFEST:  # without its manifest, a step is one that was not finished
             path.unlink()
             return f"{path.name}: {kind}"
@@ -79,7 +79,7 @@ def check_case(whole: Path, folder: Path, draw: random.Random, caplog) -> str:
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole, folder)
     spoilt = STEPS[-draw.choice((1, 1, 1, 2, 3)) :]
-    done = [damage(folder, step, draw) for step in spoilt]
+    done = [damage(folder, whole, step, draw) for step in spoilt]
     for step in STEPS:
         if step in spoilt:
             with pytest.raises(CheckpointError):
