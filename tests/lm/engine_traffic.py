@@ -10,7 +10,7 @@ import torch
 from psann_fast.data import train_tokenizer
 from psann_fast.generate.engine import Engine, Request
 from psann_fast.generate.options import EngineOptions
-from psann_fast.generate.sampling import SamplingParams
+from psann_fast.generate.sampling import SamplingBatch, SamplingParams, next_tokens
 from psann_fast.generate.text import TextStream
 from tiny import tiny
 
@@ -112,7 +112,41 @@ class Traffic:
         self.counts["confirmed"] = self.engine.counts["confirmed_tokens"]
         assert self.engine.scheduler.pool.in_use == 0
 
-    def differences(self) -> list[tuple[Request, Request]]:
-        """(in the traffic, alone) of those that did not get the text, and the end, that they would have got alone."""
-        pairs = [(request, alone(self.module, tokens, request.params)) for tokens, request in self.done]
+    def differences(self, some: int | None = None) -> list[tuple[Request, Request]]:
+        """(in the traffic, alone) of those, the first `some` or all, that did not get the text and the end that they get alone."""
+        pairs = [(request, alone(self.module, tokens, request.params)) for tokens, request in self.done[:some]]
         return [(a, b) for a, b in pairs if (a.tokens, a.finish_reason, a.text.text) != (b.tokens, b.finish_reason, b.text.text)]
+
+    def surprises(self) -> list[Request]:
+        """Those whose text, or end, is not what one uncached pass over it draws at every place: cheaper than `alone`, for counts.
+
+        By induction that is the text that the request gets alone: a draw depends on seed, place and the text before it.
+        """
+        return [request for tokens, request in self.done if expected(self.module, tokens, request) != outcome(request)]
+
+
+def outcome(request: Request) -> tuple[list[int], str | None, str]:
+    return request.tokens, request.finish_reason, request.text.text
+
+
+@torch.no_grad()
+def expected(module, prompt: list[int], request: Request) -> tuple[list[int], str | None, str]:
+    """The outcome that the draws at every place of the request's text make, up to the first that ends it."""
+    params, places = request.params, range(len(prompt), len(request.tokens) + 1)
+    logits = module(torch.tensor([request.tokens]))[0, len(prompt) - 1 :, : TOKENIZER.vocab_size]
+    seen = torch.zeros(len(places), TOKENIZER.vocab_size, dtype=torch.bool)
+    for row, place in enumerate(places):
+        seen[row, request.tokens[:place]] = True
+    batch = SamplingBatch.of([params] * len(places), TOKENIZER.vocab_size, logits.device)
+    text, tokens = TextStream(TOKENIZER.decode_bytes, params.stop_strings), list(prompt)
+    for token in next_tokens(logits, batch, torch.tensor(places), seen).tolist():
+        tokens.append(token)
+        if token == TOKENIZER.eos_id:
+            reason = "eos"
+        else:
+            text.push(token)
+            reason = "stop" if text.is_stopped else "length" if len(tokens) - len(prompt) == params.max_new_tokens else None
+        if reason is not None:
+            text.finish()
+            return tokens, reason, text.text
+    return tokens, None, text.text
