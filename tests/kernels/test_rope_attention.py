@@ -281,6 +281,20 @@ def layouts(t):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_tables_and_slopes_may_have_gaps(backend):
+    """cos and sin as halves of one table, as other libraries keep them, were read as if they had none."""
+    serving(backend)
+    for case in (Case(9, 16, heads=(2, 1)), Case(9, 16, heads=(2, 1), rotary=None, alibi=True)):
+        expected = run(case.call(backend), case.q, case.k, case.v, case.do)
+        if case.slopes is None:
+            case.tables = torch.cat(case.tables, -1).chunk(2, -1)
+        else:
+            case.slopes = torch.stack((case.slopes, case.slopes + 1), -1)[:, 0]
+        got = run(case.call(backend), case.q, case.k, case.v, case.do)
+        assert all(torch.equal(g, e) for g, e in zip(got, expected))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_layout_does_not_matter(backend):
     serving(backend)
     # Judged like any call and not bit by bit: torch multiplies matrices in an order that follows the strides.

@@ -258,5 +258,7 @@ def _serve(
     start, end = None, None
     if cu_seqlens is not None:
         start, end = document_bounds(cu_seqlens, k.shape[0] * k.shape[1], row_length=k.shape[1])
+    # The kernels count offsets in whole tables; halves of one table, as other libraries keep them, have rows further apart.
+    cos, sin, alibi_slopes = (None if t is None else t.contiguous() for t in (cos, sin, alibi_slopes))
     o, _, _ = rope_attention_triton(q, k, v, cos, sin, start, end, alibi_slopes, interleaved, softmax_scale, window)
     return o
