@@ -30,7 +30,7 @@ class Guard:
 
     On a CPU every step is looked at before it is taken. On a GPU looking would wait for the device, so there the optimizer is told
     by a flag that stays on the device, and `check` looks: when a row is logged, before a save, at the end. An optimizer that
-    knows no such flag (Muon) makes every step be looked at there too.
+    knows no such flag makes every step be looked at there too.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..config import TrainConfig
+from .muon import Muon
 
 _LOG = logging.getLogger("psann_fast")
 
@@ -19,7 +20,6 @@ def build_optimizers(module: nn.Module, config: TrainConfig) -> list[torch.optim
     "adamw": one AdamW. Norms, biases, alphas and sine parameters (vectors) do not decay.
     "muon": the matrices of the blocks go to Muon, whose orthogonal updates suit products; embedding, output projection, wave taps
     and vectors to AdamW. Muon's updates are scaled to AdamW's size, so one learning rate serves both.
-    Source of Muon: Jordan 2024, https://kellerjordan.github.io/posts/muon; of its scale: Liu et al. 2025, arXiv:2502.16982.
     """
     learning = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     is_orthogonal = lambda name, p: config.optimizer == "muon" and is_product(name, p)  # noqa: E731 (two uses)
@@ -31,9 +31,7 @@ def build_optimizers(module: nn.Module, config: TrainConfig) -> list[torch.optim
     ]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)]
     if orthogonal:
-        optimizers.append(
-            torch.optim.Muon(orthogonal, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
+        optimizers.append(Muon(orthogonal, lr=config.lr, weight_decay=config.weight_decay))
     return optimizers
 
 
