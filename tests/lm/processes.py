@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import resource
+import signal
 import socket
 import sys
+import tempfile
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -49,6 +52,7 @@ def start(function: Callable[..., None], *arguments: Any, environment: dict[str,
 def _run(function: Callable[..., None], arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1, open(_stacks_of(os.getpid()), "w"), all_threads=True)
     run_folder.plot_run = lambda rows, path: None  # takes longer than these runs
     try:
         function(*arguments)
@@ -58,10 +62,19 @@ def _run(function: Callable[..., None], arguments: tuple[Any, ...], environment:
 
 def exit_status(process: BaseProcess, seconds: float = 60) -> int:
     process.join(seconds)
+    stacks = _stacks_of(process.pid)
     if process.exitcode is None:
+        os.kill(process.pid, signal.SIGUSR1)
+        process.join(1)
         process.kill()
-        raise AssertionError(f"the process did not end within {seconds} s")
+        told = stacks.read_text() if stacks.exists() else "it had not begun"
+        raise AssertionError(f"the process did not end within {seconds} s; where it stood:\n{told}")
+    stacks.unlink(missing_ok=True)
     return process.exitcode
+
+
+def _stacks_of(pid: int) -> Path:
+    return Path(tempfile.gettempdir()) / f"psann-fast-stacks-{pid}"
 
 
 def together(count: int, function: Callable[..., None], *arguments: Any) -> list[int]:
