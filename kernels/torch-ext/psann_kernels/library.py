@@ -26,18 +26,30 @@ def define(
     """Define one op and return the callable.
 
     schema         as torch.library takes it, without the namespace: "damped_sine_triton(Tensor z, ...) -> Tensor"
-    function       runs it, on every device; must not be differentiable by itself
+    function       runs it, on every device; its first argument is a tensor of the device; must not be differentiable by itself
     fake           gives outputs of the right shape, dtype, device and stride without reading data
     backward       backward(ctx, *grads) -> a gradient or None for each input; itself made of ops, so that it traces too
     setup_context  setup_context(ctx, inputs, output) keeps what backward needs
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, on_its_gpu(function), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def on_its_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, run with the GPU of its first argument as the current one: Triton launches there, wherever the tensors are."""
+
+    def run(first: Tensor, *others: Any) -> Any:
+        if not first.is_cuda:
+            return function(first, *others)
+        with torch.cuda.device(first.device):
+            return function(first, *others)
+
+    return run
 
 
 def cast_dtype(t: Tensor) -> torch.dtype:
