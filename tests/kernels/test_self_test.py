@@ -146,6 +146,16 @@ def test_where_no_kernel_runs_it_says_why(monkeypatch):
     assert set(self_test("cpu")) == {"triton"} and "riton" in self_test("cpu")["triton"]
 
 
+def test_blame_of_the_fused_kernels_leaves_the_parts():
+    from psann_kernels.damped_sine_mlp import MLP
+
+    x, w, one = torch.ones(2, 16), torch.ones(16, 16), torch.ones(16)
+    arguments = (x, w, None, one, one, one, w, None)
+    before = MLP.refusal("triton", *arguments)
+    MLP.blame("triton", CPU, "wrong here")
+    assert MLP.refusal("triton", *arguments, fused=True) == "wrong here" and MLP.refusal("triton", *arguments) == before
+
+
 def test_blame_is_by_device():
     op = Op("blamed for a test")
     try:

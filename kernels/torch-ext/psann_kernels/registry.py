@@ -33,6 +33,10 @@ class Implementation:
     refuses: Callable[..., str | None]
 
 
+def _always(*args: Any, **kwargs: Any) -> bool:
+    return True
+
+
 def _serves_everything(*args: Any, **kwargs: Any) -> None:
     return None
 
@@ -40,8 +44,9 @@ def _serves_everything(*args: Any, **kwargs: Any) -> None:
 class Op:
     """One operation: its name, its specification and the implementations that came with it."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, is_suspect: Callable[..., bool] = _always) -> None:
+        """is_suspect(*args, **kwargs): whether what `blame` says of a backend concerns this call."""
+        self.name, self._is_suspect = name, is_suspect
         self.implementations: dict[str, Implementation] = {}
         self.unavailable: dict[str, str] = {}
         self._faults: dict[tuple[str, torch.device], str] = {}
@@ -66,7 +71,7 @@ class Op:
         return backend in self.implementations or backend in self.unavailable
 
     def blame(self, backend: str, device: torch.device, reason: str | None) -> None:
-        """Make `backend` refuse every call on `device` with that reason, or, with None, no longer. What self_test found says so."""
+        """Make `backend` refuse every suspect call on `device` with that reason, or, with None, no longer. What self_test found says so."""
         if reason is None:
             self._faults.pop((backend, device), None)
         else:
@@ -79,7 +84,7 @@ class Op:
     def refusal(self, backend: str, *args: Any, **kwargs: Any) -> str | None:
         """Why `backend` cannot serve this call, or None if it can."""
         if backend in self.implementations:
-            if self._faults and (reason := self._faults.get((backend, args[0].device))) is not None:
+            if self._faults and (reason := self._faults.get((backend, args[0].device))) is not None and self._is_suspect(*args, **kwargs):
                 return reason
             return self.implementations[backend].refuses(*args, **kwargs)
         return self.unavailable.get(backend, f"{backend} does not implement {self.name}")
