@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import numbers
+import reprlib
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, TypeVar
@@ -24,6 +25,11 @@ OPTIMIZERS = ("adamw", "muon")
 NAN_POLICIES = ("stop", "skip")
 TOKENIZERS = ("auto", "simple", "sentencepiece", "tokenizers")
 SINE_PARAMETERS = ("amplitude", "frequency", "damping")
+
+# A file may nest lists so that writing one out takes for ever.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring = 2, 200
+_SHORT.maxother = _SHORT.maxlong = 200
 
 Config = TypeVar("Config", "ModelConfig", "DataConfig", "TrainConfig")
 Check = Callable[[Any], "str | None"]
@@ -85,7 +91,7 @@ def _check_fields(config: Any) -> None:
         value = getattr(config, f.name)
         rule = f.metadata["check"](value)
         if rule:
-            raise ValueError(f"{type(config).__name__}: {f.name} is {value!r}; it must be {rule}")
+            raise ValueError(f"{type(config).__name__}: {f.name} is {_SHORT.repr(value)}; it must be {rule}")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import torch
 from psann_kernels import OPS, explain, self_test
 from psann_kernels.registry import check_backend
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from . import config as configuration
@@ -36,6 +35,7 @@ from .train.checkpoints import Checkpoints
 from .train.distributed import is_launched
 from .train.model_card import model_card
 from .train.precision import resolve_device
+from .train.resumable import check_resumable
 from .train.run_folder import RunFolder
 from .train.snapshot import Snapshot
 from .train.trainer import check, check_same_run, evaluate, train
@@ -164,7 +164,7 @@ class psannLM:
         config = configuration.changed(self.config, **fill)
         check(settings, resolve_device(config.device))
         module = self._module if self._module is not None else self._drawn(config, settings.seed)
-        resumed = self._resumed(settings, config, data.dataset)
+        resumed = self._resumed(settings, config, module, data.dataset)
         is_main = not (settings.ddp != "off" and is_launched()) or int(os.environ["RANK"]) == 0
         options = {name: configuration.to_dict(part) for name, part in (("model", config), ("train", settings), ("data", data.config))}
         run_folder = checkpoints = None
@@ -200,7 +200,7 @@ class psannLM:
                     run_folder.close(model_card(name, size, options["model"], options["train"], described, run_folder.rows))
         return self
 
-    def _resumed(self, settings: TrainConfig, config: ModelConfig, examples: Examples) -> Snapshot | None:
+    def _resumed(self, settings: TrainConfig, config: ModelConfig, module: nn.Module, examples: Examples) -> Snapshot | None:
         """The snapshot to continue from, checked to be one of this model; None to begin."""
         if settings.resume is None:
             return None
@@ -214,6 +214,7 @@ class psannLM:
             return None
         weights = dict(resumed.weights)
         _check_weights(config, weights)
+        check_resumable(resumed, module)
         check_same_run(resumed.state, settings, examples)
         return dataclasses.replace(resumed, weights=weights)
 
@@ -375,7 +376,7 @@ class psannLM:
         files = checkpoint.read(path)
         try:
             described = checkpoint.read_json(files["config.json"])
-            weights = load_file(files["model.safetensors"])
+            weights = checkpoint.read_tensors(files["model.safetensors"])
             model = cls(config=_saved_config(described["model"], weights, backend, device))
             with torch.random.fork_rng(devices=[]):  # building draws initial weights, which must not move the caller's random state
                 module = model.module

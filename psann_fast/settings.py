@@ -12,6 +12,7 @@ from . import config as configuration
 from .config import DataConfig, ModelConfig, TrainConfig
 
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+LARGEST_FILE = 1 << 15  # bytes; all options take 3 KB, and the parser takes a second for 32
 Settings = dict[str, dict[str, Any]]
 
 
@@ -29,14 +30,21 @@ def load_preset(name: str) -> Settings:
 
 def load_file(path: str | Path) -> Settings:
     """The settings of a YAML file. Raises OSError if it cannot be read, ValueError or TypeError for what it says."""
-    return parse(Path(path).read_text(encoding="utf-8"), str(path))
+    with open(path, "rb") as file:
+        content = file.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE:
+        raise ValueError(f"{path} has more than {LARGEST_FILE:,} bytes; pass a YAML file of options")
+    try:
+        return parse(content.decode("utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); pass a YAML file of options") from None
 
 
 def parse(text: str, where: str) -> Settings:
     """YAML text as settings; an unknown section or option is a TypeError that names the nearest right one."""
     try:
         raw = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of thousands of digits; brackets without end
         raise ValueError(f"{where} is not valid YAML: {error}") from error
     if not isinstance(raw, Mapping):
         raise ValueError(f"{where} holds a {type(raw).__name__}; it must hold the sections {', '.join(SECTIONS)}")

@@ -25,6 +25,7 @@ ENDS = ("</s>", "<|endoftext|>", "<eos>", "<|eos|>", "[eos]", "<|end_of_text|>",
 # GPT-2 splits before white space, or before the last space of a run if a word follows; never inside these.
 WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # as the library sees it; re's \s has more
 WORD = re.compile(f"[{WHITE}]*[^{WHITE}]+|[{WHITE}]+")
+LARGEST_VOCABULARY = 1 << 22  # ids; there is a table of them, holes included
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -49,6 +50,8 @@ class BPETokenizer(Tokenizer):
         added = self.library.get_added_tokens_decoder()
         vocabulary = self.library.get_vocab(with_added_tokens=True)
         size = 1 + max(vocabulary.values(), default=-1)
+        if size > LARGEST_VOCABULARY:
+            raise ValueError(f"{what} has the id {size - 1:,}; the largest may be {LARGEST_VOCABULARY - 1:,}")
         # Unknown characters are text, which comes back as the name of this token.
         unknown = _unknown_id(settings["model"], vocabulary)
         added_special = [i for i, token in added.items() if token.special and i != unknown]

@@ -125,6 +125,8 @@ class Shards:
             self.dtype = token_dtype(self.tokenizer.vocab_size)
             if index["dtype"] != self.dtype.str:
                 raise ValueError(f"dtype is {index['dtype']!r}, and should be {self.dtype.str!r}")
+            if "train" not in self.parts or not all(part["shards"] for part in self.parts.values()):
+                raise ValueError(f"{INDEX} names no shard to train on, or a part without any")
             for part in self.parts.values():
                 for entry in part["shards"]:
                     self._check(entry, verify)
@@ -192,6 +194,12 @@ class ShardedExamples(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One example, as Examples has it, for a torch.utils.data.DataLoader."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        return {name: rows[0] for name, rows in self.batch([index % len(self)]).items()}
 
     def batch(self, indices: Sequence[int] | np.ndarray, offset: int = 0) -> dict[str, Tensor]:
         """As Examples.batch; the offset shifts the windows of every shard."""

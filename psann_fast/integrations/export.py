@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, Mapping
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ..config import SINE_PARAMETERS, ModelConfig
 from ..data import Tokenizer
 from ..models import misfit
-from ..train.checkpoint import CheckpointError
+from ..train.checkpoint import CheckpointError, read_tensors
 
 if TYPE_CHECKING:
     from ..estimator import psannLM
@@ -151,7 +150,7 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
-        weights |= load_file(file)
+        weights |= read_tensors(file)
     return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
 
 

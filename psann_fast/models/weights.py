@@ -22,8 +22,11 @@ def misfit(config: ModelConfig, state: Mapping[str, Tensor]) -> str | None:
     if config.n_layers > len(state):
         return f"n_layers is {config.n_layers}, but the weights hold only {len(state)} tensors"
     for n_layers in sorted({min(config.n_layers, SHALLOW), config.n_layers}):
-        with torch.device("meta"):
-            expected = build_model(changed(config, n_layers=n_layers)).state_dict()
+        try:
+            with torch.device("meta"):
+                expected = build_model(changed(config, n_layers=n_layers)).state_dict()
+        except RuntimeError as error:  # torch cannot count the elements
+            return f"the configuration describes no model ({error})"
         names = expected.keys() | state.keys() if n_layers == config.n_layers else expected.keys()
         for name in sorted(names):
             found = tuple(state[name].shape) if name in state else "missing"

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Callable, Mapping
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from . import checkpoint
@@ -126,11 +125,13 @@ def read(place: str | Path) -> Snapshot:
                 f"{place} holds no {name}, so no run can be continued from it; load it as a model, or pass a folder of checkpoints/"
             )
     try:
-        state = json.loads(files[STATE].read_text(encoding="utf-8"))
+        state = checkpoint.read_json(files[STATE])
         if not isinstance(state, dict) or not isinstance(state.get("step"), int):
             raise ValueError(f"{STATE} says no step")
-        return Snapshot(state["step"], load_file(files[WEIGHTS]), load_file(files[TENSORS]), state)
-    except (ValueError, RecursionError, SafetensorError) as error:
+        weights = checkpoint.read_tensors(files[WEIGHTS])
+        # Up to three of each parameter, and random states.
+        return Snapshot(state["step"], weights, checkpoint.read_tensors(files[TENSORS], 4 * len(weights) + 10_000), state)
+    except (ValueError, SafetensorError) as error:
         raise CheckpointError(f"{place} does not hold a usable checkpoint: {error}") from error
 
 

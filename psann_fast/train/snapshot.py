@@ -48,7 +48,7 @@ def restore_moments(module: nn.Module, optimizers: Iterable[torch.optim.Optimize
             continue
         name, _, key = rest.rpartition("/")
         parameter = parameters.get(name)
-        if parameter is None or parameter not in owner or value.numel() not in (1, parameter.numel()):
+        if parameter is None or parameter not in owner or value.shape not in ((), parameter.shape):
             raise ValueError(f"the checkpoint's {full_name} belongs to no parameter of this model that learns")
         owner[parameter].state[parameter][key] = like(value, parameter)
 
