@@ -213,8 +213,9 @@ def wait_for(path: Path) -> None:
 
 
 def last_row(folder: Path) -> int:
-    with open(folder / "metrics.csv", newline="") as file:
-        return max((int(row["step"]) for row in csv.DictReader(file)), default=0)
+    # As it is at one moment: a reader that finds the file empty at first takes a later row for the header.
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    return max((int(row["step"]) for row in csv.DictReader(lines)), default=0)
 
 
 def signal_once(folder: Path, signum: int, delay: float, **options) -> int:

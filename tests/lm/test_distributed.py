@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 
 import processes
 import pytest
@@ -31,10 +29,11 @@ def check_equal(tmp_path, count: int, base: str, packed: bool, tolerance: float,
     for folder in (one, many):
         folder.mkdir()
     rows, accumulation = options.pop("rows", 2), options.pop("accumulation", 1)
+    launch = options.pop("launch", processes.together)
     alone = processes.start(processes.train_some, one, base, packed, {"batch_tokens": 8 * rows * count * accumulation, "epochs": 2})
     assert processes.exit_status(alone) == 0
     options |= {"batch_tokens": 8 * rows, "grad_accum_steps": accumulation, "epochs": 2}
-    assert processes.together(count, processes.train_some, many, base, packed, options) == [0] * count
+    assert launch(count, processes.train_some, many, base, packed, options) == [0] * count
     (wanted,), wanted_rows = left(one)
     got, got_rows = left(many, count)
     for weights in got:
@@ -132,17 +131,3 @@ def test_what_several_processes_cannot_do():
     ):
         with pytest.raises(ValueError, match=message):
             check_launch(TrainConfig(**options))
-
-
-@pytest.mark.campaign(weight=0.1)
-def test_torchrun_starts_it(tmp_path):
-    """The line that the README gives, with the real launcher."""
-    (tmp_path / "text.txt").write_text("The sea was calm and the boat went slowly home. " * 20)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
-        "-m", "psann_fast.cli", "train", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run"), "--tokenizer", "simple",
-        "--d-model", "16", "--n-layers", "1", "--n-heads", "2", "--max-steps", "3", "--batch-tokens", "64", "--device", "cpu", "--ddp", "on",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("run folder:") == 1 and checkpoints.newest(tmp_path / "run").state["processes"] == 2
