@@ -234,6 +234,38 @@ def poisoned_cache(**options) -> PagedKVCache:
     return cache
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@torch.no_grad()
+def test_a_float8_cache_is_a_coarser_one(backend):
+    torch.manual_seed(0)
+    attention = RotaryAttention(FEATURES, 4, 2, max_position=64, backend=backend)
+    x = torch.randn(13, FEATURES)
+    expected = attention(x[None])[0]
+    errors = []
+    for scales in ({}, dict(k_scale=0.01, v_scale=torch.tensor([[0.01, 0.02]])), dict(k_scale=1e-4)):
+        cache = PagedKVCache(9, 4, 2, 4, dtype=torch.float8_e4m3fn, **scales)
+        rows = [attention(x[start:stop], step=cache.extend(["a"], [stop - start])) for start, stop in ((0, 9), (9, 12), (12, 13))]
+        errors.append(((torch.cat(rows) - expected).norm() / expected.norm()).item())
+    # Four binary digits, whatever the scale, until keys beyond 448 * 1e-4 are cut off.
+    assert 1e-3 < errors[0] < 0.05 and 1e-3 < errors[1] < 0.05 and errors[2] > 0.1
+    step = cache.extend(["a"], [1])
+    assert step.k_scale.shape == (1, 2) and step.v_scale.tolist() == [[1.0, 1.0]] and poisoned_cache().extend(["a"], [1]).k_scale is None
+
+
+@pytest.mark.parametrize(
+    "scale, dtype, message",
+    [
+        (1.0, torch.float32, "k_scale is given and dtype is torch.float32; only a cache of torch.float8_e4m3fn has scales"),
+        (torch.ones(3), torch.float8_e4m3fn, r"k_scale has shape \(3,\); it must broadcast to \(num_layers, Hkv\), \(1, 2\)"),
+        (torch.ones(1, 1, 2), torch.float8_e4m3fn, "k_scale has shape .1, 1, 2."),
+        (0.0, torch.float8_e4m3fn, "k_scale is 0.0; a scale is finite and above 0"),
+    ],
+)
+def test_scales_of_a_cache_are_checked(scale, dtype, message):
+    with pytest.raises(ValueError, match=f"PagedKVCache: {message}"):
+        PagedKVCache(9, 4, 2, 4, dtype=dtype, k_scale=scale)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
 def test_attention_through_the_cache_is_attention_over_the_window(backend):

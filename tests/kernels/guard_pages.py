@@ -220,7 +220,10 @@ def paged_attention(random: Random, guard: Guard, backend: str) -> None:
         for t in range(lengths[b] - new[b], lengths[b]):
             slots.append(int(table[b, t // block_size]) * block_size + t % block_size)
             positions.append(t)
-    k_cache, v_cache = (tensor(random, guard, max(1, sum(blocks)), block_size, kv, head_dim, dtype=dtype) for _ in range(2))
+    is_float8 = backend != "native" and random.random() < 0.25  # native refuses those
+    cache_dtype = torch.float8_e4m3fn if is_float8 else dtype
+    k_cache, v_cache = (tensor(random, guard, max(1, sum(blocks)), block_size, kv, head_dim, dtype=cache_dtype) for _ in range(2))
+    scales = {name: guard.place(torch.full((kv,), 0.01)) for name in ("k_scale", "v_scale")} if is_float8 else {}
     rotary = tables(guard, max(1, *lengths, 1), head_dim) if random.random() < 0.6 else {}
     options = attention_options(random, guard, num_heads) | {"backend": backend}
     k, v = (tensor(random, guard, sum(new), kv, head_dim, dtype=dtype) for _ in range(2))
@@ -228,11 +231,11 @@ def paged_attention(random: Random, guard: Guard, backend: str) -> None:
     with guard.allocations(), constants(random, backend, "paged_attention_triton", MIN_SPLIT=16, MAX_SPLITS=4):
         psann_kernels.paged_append(
             k, v, k_cache, v_cache, guard.place(torch.tensor(slots, dtype=torch.int64)), interleaved=options["interleaved"],
-            positions=guard.place(torch.tensor(positions, dtype=torch.int64)) if rotary else None, **rotary, backend=backend,
+            positions=guard.place(torch.tensor(positions, dtype=torch.int64)) if rotary else None, **rotary, **scales, backend=backend,
         )  # fmt: skip
         psann_kernels.paged_attention(
             tensor(random, guard, sum(new), num_heads, head_dim, dtype=dtype), k_cache, v_cache, guard.place(table),
-            guard.place(torch.tensor(lengths, dtype=torch.int32)), guard.place(ends), **rotary, **options,
+            guard.place(torch.tensor(lengths, dtype=torch.int32)), guard.place(ends), **rotary, **scales, **options,
         )  # fmt: skip
 
 

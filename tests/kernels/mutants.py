@@ -201,6 +201,7 @@ _SERVED = {
     "triton_support.py": ("damped_sine", "rms_norm", "wave_conv", "rope_attention"),
     "rope_attention_tiles_triton.py": ("rope_attention", "paged_attention"),
     "damped_sine_triton.py": ("damped_sine", "wave_conv"),
+    "float8_triton.py": ("paged_attention",),
 }
 
 

@@ -48,7 +48,7 @@ def make_case(
 
     junk        fills every slot without a token; what is too large for dtype becomes infinite
     numbering   seed of the permutation that deals out the blocks
-    options     of "pairs" or "halves", "window", "alibi", "scale"
+    options     of "pairs" or "halves", "window", "alibi", "scale", "float8" (the caches, and what their bits say as keys and values)
     """
     g = torch.Generator().manual_seed(seed)
     random = lambda *shape: torch.randn(*shape, generator=g).to(dtype)  # noqa: E731 (five uses)
@@ -56,12 +56,20 @@ def make_case(
     q = random(sum(new), num_heads, head_dim)
     keys = [random(length, num_kv_heads, head_dim) for length in lengths]
     values = [random(length, num_kv_heads, head_dim) for length in lengths]
+    chosen: dict[str, Any] = {}
+    cached, cache_dtype = (keys, values), dtype
+    if "float8" in options:
+        cache_dtype = torch.float8_e4m3fn
+        scales = [torch.rand(num_kv_heads, generator=g) / 50 + 0.005 for _ in range(2)]
+        chosen |= dict(zip(("k_scale", "v_scale"), scales))
+        cached = tuple([(x.float() / s[:, None]).clamp(-448, 448).to(cache_dtype) for x in tensors] for tensors, s in zip(cached, scales))
+        keys, values = ([x.double() * s.double()[:, None] for x in tensors] for tensors, s in zip(cached, scales))
 
     needed = [-(-length // block_size) for length in lengths]
     num_blocks = sum(needed) + 3
     # Nobody owns block 0: it is where a kernel that masks a table entry and then reads on would look.
     shuffled = 1 + torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(numbering)).int()
-    k_cache = torch.full((num_blocks, block_size, num_kv_heads, head_dim), junk, dtype=torch.float64).to(dtype)
+    k_cache = torch.full((num_blocks, block_size, num_kv_heads, head_dim), junk, dtype=torch.float64).to(cache_dtype)
     v_cache = k_cache.clone()
     block_table = torch.full((len(lengths), max(needed, default=0) + spare_columns), OUTSIDE, dtype=torch.int32)
     dealt = 0
@@ -70,10 +78,9 @@ def make_case(
         dealt += needed[b]
         block_table[b, : needed[b]] = blocks
         token = torch.arange(length)
-        k_cache[blocks[token // block_size].long(), token % block_size] = keys[b]
-        v_cache[blocks[token // block_size].long(), token % block_size] = values[b]
+        k_cache[blocks[token // block_size].long(), token % block_size] = cached[0][b]
+        v_cache[blocks[token // block_size].long(), token % block_size] = cached[1][b]
 
-    chosen: dict[str, Any] = {}
     if "pairs" in options or "halves" in options:
         chosen["cos"], chosen["sin"] = rotary_tables(max([*lengths, 1]), head_dim)
         chosen["interleaved"] = "pairs" in options

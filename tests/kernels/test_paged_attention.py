@@ -190,7 +190,8 @@ def test_memory_layout_does_not_matter(backend):
     case.block_table = wide[:, : case.block_table.shape[1]]
     assert torch.equal(run(case, backend), expected)
     case.q = case.q.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(run(case, backend), expected)
+    cos, sin = torch.cat((case.options["cos"], case.options["sin"]), -1).chunk(2, -1)
+    assert torch.equal(run(case, backend, cos=cos, sin=sin), expected)
 
 
 def append_inputs(dtype=torch.float32, tokens=9, num_kv_heads=3, head_dim=24, num_blocks=5, block_size=4):
@@ -266,14 +267,14 @@ def test_triton_library_ops():
 
     case = make_case([5, 20], [2, 1], block_size=8, num_kv_heads=1, options=("pairs", "alibi"), junk=0.0)
     cos, sin, slopes = (case.options[name] for name in ("cos", "sin", "alibi_slopes"))
-    torch.library.opcheck(paged_attention_triton, (*case.arguments, cos, sin, True, 0.2, 2**30, slopes))
+    torch.library.opcheck(paged_attention_triton, (*case.arguments, cos, sin, True, 0.2, 2**30, slopes, None, None))
     nothing = case.q[:0], *case.arguments[1:5], torch.zeros(3).int()
-    torch.library.opcheck(paged_attention_triton, (*nothing, None, None, True, 0.2, 9, None))
+    torch.library.opcheck(paged_attention_triton, (*nothing, None, None, True, 0.2, 9, None, None, None))
     k, v, pool, slots, positions = append_inputs(tokens=3, num_kv_heads=1)
     pool = pool.nan_to_num(0.0)
     cos, sin = rotary_tables(50, 24)
     for rotary in ((None, None, None, True), (positions, cos, sin, False)):
-        torch.library.opcheck(paged_append_triton, (k, v, pool[:, 0].clone(), pool[:, 1].clone(), slots, *rotary))
+        torch.library.opcheck(paged_append_triton, (k, v, pool[:, 0].clone(), pool[:, 1].clone(), slots, *rotary, None, None))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

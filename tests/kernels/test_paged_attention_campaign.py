@@ -24,8 +24,8 @@ def splits(least, most):
         yield
 
 
-def draw(rng, dtype, values=0):
-    """A call of paged_attention of random shape; `values` numbers the draw of its values."""
+def draw(rng, dtype, values=0, is_float8=False):
+    """A call of paged_attention of random shape, sometimes on a float8 cache if that may be; `values` numbers the draw of its values."""
     block_size = rng.choice([1, 8, 16, 64, 64, rng.randint(2, 40)])
     boundaries = [0, 1, block_size - 1, block_size, block_size + 1, block_size + 5, 2 * block_size, 3 * block_size]
     lengths = [rng.choice([*boundaries, rng.randint(0, 130)]) for _ in range(rng.randint(1, 4))]
@@ -33,6 +33,7 @@ def draw(rng, dtype, values=0):
     new = [some(length) if length else rng.choice([0, 1, 2]) for length in lengths]  # of an empty sequence: padding
     options = rng.choice([(), ("pairs",), ("halves",)])
     options += tuple(option for option in ("window", "alibi", "scale") if rng.random() < 0.4)
+    options += ("float8",) * (is_float8 and rng.random() < 0.25)
     return make_case(
         lengths, new, block_size=block_size, group=rng.choice([1, 1, 2, 3, 4, 8]), num_kv_heads=rng.choice([1, 1, 2, 3]),
         head_dim=rng.choice([2, 16, 24, 40, 64, 128]) if "pairs" in options or "halves" in options else rng.choice([1, 16, 33, 64]),
@@ -90,10 +91,11 @@ def check_capacity(case, backend):
     """A table filled to its last slot is served (by another sequence's blocks, whatever they hold); one token more raises."""
     capacity = case.block_table.shape[1] * case.k_cache.shape[1]
     q, table = case.q[:0], torch.zeros_like(case.block_table[:1])
+    scales = {name: case.options[name] for name in ("k_scale", "v_scale") if name in case.options}
     for length in (capacity, capacity + 1):
         call = (q, case.k_cache, case.v_cache, table, torch.tensor([length]).int(), torch.zeros(2).int())
         with pytest.raises(ValueError, match="block_table has room for") if length > capacity else contextlib.nullcontext():
-            paged_attention(*call, backend=backend)
+            paged_attention(*call, **scales, backend=backend)
 
 
 def fill(budgets, seed, values, backend):
@@ -103,7 +105,7 @@ def fill(budgets, seed, values, backend):
     with splits(rng.choice([16, 16, 64, 256]), rng.choice([2, 4, 32])):
         elements = 0
         while elements < 128:  # a maximum over fewer means little
-            case = draw(rng, dtype, values)
+            case = draw(rng, dtype, values, is_float8=backend != "native")
             if ATTENTION.refusal(backend, *case.arguments, **case.options) is not None:
                 pytest.skip(f"{backend}: {ATTENTION.refusal(backend, *case.arguments, **case.options)}")
             with poisoned_allocations():
@@ -111,7 +113,8 @@ def fill(budgets, seed, values, backend):
             budget = budgets.setdefault("o", Budget(f"{backend} {dtype} o", FORWARD))
             budget.add(o, dense(case, o.dtype), dense(case, torch.float64))
             elements += o.numel()
-            check_append(case, backend, rng)
+            if "k_scale" not in case.options:
+                check_append(case, backend, rng)
             check_company(case, backend, o, rng)
             check_capacity(case, backend)
 

@@ -321,6 +321,7 @@ class RotaryAttention(nn.Module):
         if cu_seqlens is not None:
             raise ValueError("RotaryAttention: cu_seqlens came with a step, which says itself where sequences begin; leave it out")
         k_cache, v_cache = step.k_cache[layer], step.v_cache[layer]
+        options |= step.scales(layer)
         paged_append(
             k, v, k_cache, v_cache, step.slot_mapping, positions=step.positions, **options, backend=self._backend("paged_append")
         )

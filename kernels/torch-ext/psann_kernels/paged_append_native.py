@@ -48,6 +48,6 @@ def refuses(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping
 @APPEND.offer("native", refuses)
 def _serve(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, *, positions: Tensor | None = None,
-    cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = True,
+    cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = True, k_scale: None = None, v_scale: None = None,
 ) -> None:  # fmt: skip
     _call(k, v, k_cache, v_cache, slot_mapping, positions, cos, sin, interleaved)

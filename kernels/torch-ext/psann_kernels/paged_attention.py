@@ -5,6 +5,10 @@ in its row of the block table: token t lives in block `table[t // block_size]`, 
 `block * block_size + offset`. Keys are stored rotated, so a key is turned once, when it is written.
 
     o[i] = sum_j p[j] v[j],   p = softmax_j(softmax_scale * q[i].k[j] - slope * (i - j))   over j <= i, i - j < window
+
+A cache of torch.float8_e4m3fn takes half the memory of a half-precision one, and its reading half the time. Each key/value head has
+a scale for its keys and one for its values: an element stands for itself times the scale, so a scale is the largest magnitude
+expected over 448. One a head, because heads differ in size, and it joins the kernel's other factors without a further product.
 """
 
 from __future__ import annotations
@@ -18,30 +22,39 @@ from .rope_attention import rotate
 
 APPEND = Op("paged_append")
 ATTENTION = Op("paged_attention")
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = 448.0  # of FLOAT8
 
 
 def paged_append(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, *, positions: Tensor | None = None,
-    cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = True, backend: str = "auto",
+    cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = True, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None, backend: str = "auto",
 ) -> None:  # fmt: skip
     """Write the keys and values of new tokens into their slots of the cache, in place.
 
     k, v          (T, Hkv, D)                       float16, bfloat16, float32 or float64; any strides
-    k_cache       (num_blocks, block_size, Hkv, D)  k's dtype, v_cache alike; only the slots named below change
+    k_cache       (num_blocks, block_size, Hkv, D)  k's dtype or torch.float8_e4m3fn, v_cache alike; only the slots named below
+                                                    change
     slot_mapping  (T,) int64                        block * block_size + offset of each token; -1: skip this token
     positions     (T,) int32 or int64               each token's position in its sequence; needed with cos and sin
     cos, sin      (max_position, D / 2) float32     given: k arrives unrotated and is rotated at `positions`; float64 beside a
                                                     float64 k
     interleaved                                     True turns adjacent pairs of k, False turns its halves
+    k_scale       (Hkv,) float32                    for float8 caches, and for no other: what 1 in k_cache is worth, above 0;
+                                                    v_scale alike. Magnitudes beyond 448 * scale become that; NaN stays NaN
     backend                                         "auto", "triton", "native" or "torch"
 
     Returns None. No two tokens may name the same slot. Not differentiable. Slots and positions are checked for being in
     range where that needs no synchronisation: on CPU tensors, outside torch.compile.
     Raises ValueError for other shapes, dtypes or values; BackendError if `backend` was named and cannot serve.
-    Source: PagedAttention, Kwon et al. 2023, arXiv:2309.06180; rotary positions, Su et al. 2021, arXiv:2104.09864.
+    Source: PagedAttention, Kwon et al. 2023, arXiv:2309.06180; rotary positions, Su et al. 2021, arXiv:2104.09864; float8,
+    Micikevicius et al. 2022, arXiv:2209.05433.
     """
-    options = {"positions": positions, "cos": cos, "sin": sin, "interleaved": interleaved}
-    _check_append(k, v, k_cache, v_cache, slot_mapping, positions, cos, sin)
+    options = {
+        "positions": positions, "cos": cos, "sin": sin, "interleaved": interleaved, "k_scale": k_scale, "v_scale": v_scale,
+    }  # fmt: skip
+    _check_append(k, v, k_cache, v_cache, slot_mapping, positions, cos, sin, k_scale, v_scale)
     function = APPEND.select(backend, k, v, k_cache, v_cache, slot_mapping, **options)
     function(k, v, k_cache, v_cache, slot_mapping, **options)
 
@@ -49,13 +62,19 @@ def paged_append(
 @APPEND.specify
 def reference_append(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, *, positions: Tensor | None = None,
-    cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = True,
+    cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = True, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     if len(slot_mapping) == 0 or k_cache.numel() == 0:
         return
     kept = slot_mapping >= 0
+    if k_scale is not None:
+        # Turned and divided in float32, so that only the last step rounds.
+        k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
     if cos is not None:
         k = rotate(k, cos, sin, positions=torch.where(kept, positions, 0), interleaved=interleaved)
+    if k_scale is not None:
+        k, v = ((x / scale[:, None]).clamp(-LARGEST, LARGEST).to(FLOAT8) for x, scale in ((k, k_scale), (v, v_scale)))
     # A skipped token writes what the first kept one writes, in the same place; if none is kept, slot 0 gets its own content.
     # Dropping the skipped tokens would need their number, which a GPU or a trace does not know.
     first_kept = kept.to(torch.int8).argmax(0, keepdim=True)
@@ -70,13 +89,15 @@ def reference_append(
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor, *,
     cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = True, softmax_scale: float | None = None,
-    window: int | None = None, alibi_slopes: Tensor | None = None, backend: str = "auto",
+    window: int | None = None, alibi_slopes: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Attention of the newest tokens of each sequence over that sequence's blocks.
 
     q             (total_q, H, D)                   float16, bfloat16, float32 or float64; the new tokens of all sequences,
                                                     end to end; any strides
-    k_cache       (num_blocks, block_size, Hkv, D)  same dtype, v_cache alike; rotated keys; H is a multiple of Hkv
+    k_cache       (num_blocks, block_size, Hkv, D)  q's dtype or torch.float8_e4m3fn, v_cache alike; rotated keys; H is a
+                                                    multiple of Hkv
     block_table   (B, max_blocks) int32             token t of sequence b lives in block block_table[b, t // block_size]
     seq_lens      (B,) int32                        tokens attended to, the new ones included
     cu_seqlens_q  (B + 1,) int32                    sequence b owns rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] of q
@@ -86,6 +107,8 @@ def paged_attention(
     window                                          tokens that a query sees at most, itself included; None: all of them
     alibi_slopes  (H,) float32                      given: slope * distance in tokens is taken off each score; float64 beside a
                                                     float64 q
+    k_scale       (Hkv,) float32                    for float8 caches, and for no other: what 1 in k_cache is worth, above 0;
+                                                    v_scale alike
     backend                                         "auto", "triton", "native" or "torch"
 
     New token i of n sits at position seq_lens - n + i and sees keys up to itself.  Decoding, speculative steps and chunked
@@ -95,13 +118,14 @@ def paged_attention(
     CPU tensors outside torch.compile; elsewhere values out of range are the caller's mistake, and what is computed is undefined.
     Raises ValueError for other shapes, dtypes or values, and where a gradient would be needed; BackendError if `backend` was
     named and cannot serve.
-    Source: PagedAttention, Kwon et al. 2023, arXiv:2309.06180; online softmax accumulated in float32.
+    Source: PagedAttention, Kwon et al. 2023, arXiv:2309.06180; online softmax accumulated in float32; float8, Micikevicius et
+    al. 2022, arXiv:2209.05433.
     """
-    _check_attention(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, cos, sin, window, alibi_slopes)
+    _check_attention(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, cos, sin, window, alibi_slopes, k_scale, v_scale)
     arguments = (q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q)
     options = {
         "cos": cos, "sin": sin, "interleaved": interleaved, "softmax_scale": softmax_scale, "window": window,
-        "alibi_slopes": alibi_slopes,
+        "alibi_slopes": alibi_slopes, "k_scale": k_scale, "v_scale": v_scale,
     }  # fmt: skip
     return ATTENTION.select(backend, *arguments, **options)(*arguments, **options)
 
@@ -110,7 +134,7 @@ def paged_attention(
 def reference_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor, *,
     cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = True, softmax_scale: float | None = None,
-    window: int | None = None, alibi_slopes: Tensor | None = None,
+    window: int | None = None, alibi_slopes: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     if q.numel() == 0 or block_table.numel() == 0 or k_cache.numel() == 0:
         return q.new_zeros(q.shape)
@@ -124,14 +148,19 @@ def reference_attention(
     if cos is not None:
         q = rotate(q, cos, sin, positions=position.clamp(min=0), interleaved=interleaved)
     if is_traced:
-        return _attend_rows(q, k_cache, v_cache, block_table[owner], position, softmax_scale, window, alibi_slopes)
+        return _attend_rows(q, k_cache, v_cache, block_table[owner], position, softmax_scale, window, alibi_slopes, k_scale, v_scale)
     lengths, bounds = seq_lens.tolist(), cu_seqlens_q.tolist()
-    return _attend_sequences(q, k_cache, v_cache, block_table, lengths, bounds, softmax_scale, window, alibi_slopes)
+    return _attend_sequences(q, k_cache, v_cache, block_table, lengths, bounds, softmax_scale, window, alibi_slopes, k_scale, v_scale)
+
+
+def _worth(x: Tensor, scale: Tensor | None) -> Tensor:
+    """Elements (..., Hkv, D) of a cache as the numbers that they stand for."""
+    return x if scale is None else x.to(torch.float32) * scale[:, None]
 
 
 def _attend_rows(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, position: Tensor, softmax_scale: float, window: int | None,
-    alibi_slopes: Tensor | None,
+    alibi_slopes: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Each row gathers the whole of its own sequence: wasteful, but of shapes that a trace knows.
 
@@ -143,7 +172,7 @@ def _attend_rows(
     seen = key <= position[:, None]
     # Beyond a sequence's last block the table may hold anything: such keys come from block 0.
     block = torch.where(seen[:, ::block_size], block_table, 0)
-    k, v = (cache[block].flatten(1, 2) for cache in (k_cache, v_cache))
+    k, v = (_worth(cache[block].flatten(1, 2), scale) for cache, scale in ((k_cache, k_scale), (v_cache, v_scale)))
     v = v.masked_fill(~seen[:, :, None, None], 0.0)  # 0 * nan is nan, and unseen slots may hold it
     p = _weights(q.unsqueeze(1), k, (position[:, None] - key).unsqueeze(1), softmax_scale, window, alibi_slopes)
     return _mix(p, v, q.unsqueeze(1)).squeeze(1).masked_fill((position < 0)[:, None, None], 0.0)
@@ -155,7 +184,7 @@ ROWS = 256
 
 def _attend_sequences(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: list[int], cu_seqlens_q: list[int],
-    softmax_scale: float, window: int | None, alibi_slopes: Tensor | None,
+    softmax_scale: float, window: int | None, alibi_slopes: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """One sequence at a time, because a sequence fits the processor's cache, where a padded batch of them does not, and
     because what it gets is then the same, to the last bit, whoever shares the call."""
@@ -163,11 +192,11 @@ def _attend_sequences(
     # index_select of whole blocks is four times as fast as indexing.
     k_blocks, v_blocks = (cache.view(len(cache), -1) if cache.is_contiguous() else cache for cache in (k_cache, v_cache))
 
-    def keys_or_values(cache: Tensor, b: int, oldest: int, last: int) -> Tensor:
+    def keys_or_values(cache: Tensor, scale: Tensor | None, b: int, oldest: int, last: int) -> Tensor:
         first_block = oldest // block_size
         blocks = block_table[b, first_block : -(-last // block_size)]
         tokens = cache.index_select(0, blocks).view(-1, num_kv_heads, head_dim)
-        return tokens[oldest - first_block * block_size : last - first_block * block_size]
+        return _worth(tokens[oldest - first_block * block_size : last - first_block * block_size], scale)
 
     o = q.new_zeros(q.shape)
     for b, length in enumerate(seq_lens):
@@ -180,8 +209,10 @@ def _attend_sequences(
             if stop - start > 1 or alibi_slopes is not None:
                 distance = torch.arange(first, last, device=q.device)[:, None] - torch.arange(oldest, last, device=q.device)
             # The keys are dropped before the values are gathered: twice the memory made this call four times as slow.
-            p = _weights(q[start:stop], keys_or_values(k_blocks, b, oldest, last), distance, softmax_scale, window, alibi_slopes)
-            o[start:stop] = _mix(p, keys_or_values(v_blocks, b, oldest, last), q[start:stop])
+            k = keys_or_values(k_blocks, k_scale, b, oldest, last)
+            p = _weights(q[start:stop], k, distance, softmax_scale, window, alibi_slopes)
+            del k
+            o[start:stop] = _mix(p, keys_or_values(v_blocks, v_scale, b, oldest, last), q[start:stop])
     return o
 
 
@@ -216,28 +247,43 @@ def _mix(p: Tensor, v: Tensor, q: Tensor) -> Tensor:
     return o.view(*q.shape[:-3], q.shape[-2], q.shape[-3], q.shape[-1]).transpose(-3, -2).to(q.dtype)
 
 
-def _check_cache(op: str, like: str, x: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    """x is `like`, the tensor (tokens, heads, D) whose dtype, device and head_dim the caches must share."""
-    if x.dim() != 3 or not x.is_floating_point():
+def _check_cache(
+    op: str, like: str, x: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> None:
+    """x is `like`, the tensor (tokens, heads, D) whose device, head_dim and, float8 aside, dtype the caches must share."""
+    if x.dim() != 3 or not x.is_floating_point() or x.itemsize == 1:
         raise ValueError(
-            f"{op}: {like} has shape {tuple(x.shape)} and dtype {x.dtype}; it must be floating-point, (tokens, heads, head_dim)"
+            f"{op}: {like} has shape {tuple(x.shape)} and dtype {x.dtype}; it must be floating-point of 16 bits or more, "
+            f"(tokens, heads, head_dim)"
         )
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.dim() != 4 or cache.shape[1] == 0:
             raise ValueError(
                 f"{op}: {name} has shape {tuple(cache.shape)}; it must be (num_blocks, block_size, num_kv_heads, head_dim)"
             )
-        if cache.dtype != x.dtype or cache.device != x.device:
+        if cache.dtype not in (x.dtype, FLOAT8) or cache.device != x.device:
             raise ValueError(
                 f"{op}: {name} is {cache.dtype} on {cache.device} beside a {like} of {x.dtype} on {x.device}; "
-                f"allocate the cache with {like}'s dtype and device"
+                f"allocate the cache with {like}'s dtype, or {FLOAT8}, and device"
             )
+    if k_cache.dtype != v_cache.dtype:
+        raise ValueError(f"{op}: k_cache is {k_cache.dtype} and v_cache {v_cache.dtype}; they must agree")
     if k_cache.shape != v_cache.shape:
         raise ValueError(f"{op}: k_cache has shape {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)}; they must be equal")
     if k_cache.shape[3] != x.shape[2]:
         raise ValueError(f"{op}: {like} has head_dim {x.shape[2]} and the caches {k_cache.shape[3]}; they must be equal")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, k_cache, v_cache)):
         raise ValueError(f"{op}: {like} or a cache requires grad, and this op is not differentiable; call it under torch.no_grad()")
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if (scale is None) == (k_cache.dtype == FLOAT8):
+            raise ValueError(
+                f"{op}: {name} is {'missing' if scale is None else 'given'} and the caches are {k_cache.dtype}; caches of {FLOAT8} "
+                f"need one scale for each key/value head, float32 ({k_cache.shape[2]},), and no others take any"
+            )
+        if scale is not None:
+            _check_small(op, name, scale, (k_cache.shape[2],), x.device, torch.float32)
+            if are_values_known(scale) and not bool(((scale > 0) & scale.isfinite()).all()):
+                raise ValueError(f"{op}: {name} is {scale.tolist()}; a scale is finite and above 0")
 
 
 def _check_small(op: str, name: str, t: Tensor, shape: tuple[int, ...], device: torch.device, *dtypes: torch.dtype) -> None:
@@ -269,10 +315,10 @@ def _check_rotary(op: str, like: str, x: Tensor, cos: Tensor | None, sin: Tensor
 
 def _check_append(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, positions: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None,
+    sin: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
 ) -> None:  # fmt: skip
     op = "paged_append"
-    _check_cache(op, "k", k, k_cache, v_cache)
+    _check_cache(op, "k", k, k_cache, v_cache, k_scale, v_scale)
     if v.shape != k.shape or v.dtype != k.dtype or v.device != k.device:
         raise ValueError(
             f"{op}: v is {v.dtype} {tuple(v.shape)} on {v.device} and k {k.dtype} {tuple(k.shape)} on {k.device}; they must agree"
@@ -316,10 +362,10 @@ def _check_positions(op: str, positions: Tensor, max_position: int) -> None:
 
 def _check_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor, cos: Tensor | None,
-    sin: Tensor | None, window: int | None, alibi_slopes: Tensor | None,
+    sin: Tensor | None, window: int | None, alibi_slopes: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
 ) -> None:  # fmt: skip
     op = "paged_attention"
-    _check_cache(op, "q", q, k_cache, v_cache)
+    _check_cache(op, "q", q, k_cache, v_cache, k_scale, v_scale)
     num_heads, num_kv_heads = q.shape[1], k_cache.shape[2]
     if num_kv_heads == 0 or num_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(f"{op}: q has {num_heads} heads, which is no multiple of the caches' {num_kv_heads} key/value heads")

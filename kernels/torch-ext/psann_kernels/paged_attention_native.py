@@ -13,7 +13,7 @@ from torch import Tensor
 from .direct import shortcut
 from .library import define
 from .native import CUDA, TYPES, address, launch, refuses_device, refuses_dtype
-from .paged_attention import ATTENTION
+from .paged_attention import ATTENTION, FLOAT8
 
 
 def unit_heads(t: Tensor) -> Tensor:
@@ -63,6 +63,8 @@ _call = shortcut(paged_attention_native, _forward)
 
 def refuses_cache(k_cache: Tensor, v_cache: Tensor) -> str | None:
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.dtype == FLOAT8:
+            return f"{name} is {FLOAT8}; the kernel serves caches of the new tokens' own dtype"
         if cache.stride(-1) != 1 and cache.shape[-1] > 1:
             return f"{name} has stride {cache.stride(-1)} along head_dim; the kernel reads heads whose features stand side by side"
     return None
@@ -88,7 +90,7 @@ def _refuses_cuda(q: Tensor, block_table: Tensor) -> str | None:
 def _serve(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor, *,
     cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = True, softmax_scale: float | None = None,
-    window: int | None = None, alibi_slopes: Tensor | None = None,
+    window: int | None = None, alibi_slopes: Tensor | None = None, k_scale: None = None, v_scale: None = None,
 ) -> Tensor:  # fmt: skip
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     return _call(

@@ -10,6 +10,9 @@ own number of new tokens, read on the device, and the other launches pass it by.
 
 What a sequence gets depends on its own tokens alone, bit for bit: where its splits lie follows from its own length, neither
 from who shares the call nor from the width of the table. Lengths are never read on the host, so a CUDA graph can capture this.
+
+A float8 cache comes as uint8 with its scales; keys and values are widened to q's dtype, which holds them exactly, on their way to the
+products, and the scales join the factors of scores and output.
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .float8_triton import FLOAT8_UNIT, from_float8, to_float8
 from .library import define
-from .paged_attention import APPEND, ATTENTION
+from .paged_attention import APPEND, ATTENTION, FLOAT8
 from .rope_attention_tiles_triton import angles, block_d, features, load_operand, operand, turn, with_unit_stride
 from .triton_support import LOG2_E, Configuration, narrow, refuses_device, refuses_dtype, widen
 
@@ -39,7 +43,7 @@ UNBOUNDED = 2**30
 
 @triton.jit
 def _append_kernel(
-    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, position_ptr, cos_ptr, sin_ptr, heads, max_position,
+    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, position_ptr, cos_ptr, sin_ptr, k_scale_ptr, v_scale_ptr, heads, max_position,
     k_t, k_h, v_t, v_h, k_cache_b, k_cache_s, k_cache_h, v_cache_b, v_cache_s, v_cache_h,
     BLOCK_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +65,12 @@ def _append_kernel(
 
     k_slot = k_cache_ptr + block * k_cache_b + offset * k_cache_s
     v_slot = v_cache_ptr + block * v_cache_b + offset * v_cache_s
-    tl.store(k_slot + h[:, None] * k_cache_h + c[None, :], narrow(k, k_cache_ptr.dtype.element_ty), mask=here)
+    if k_scale_ptr is not None:
+        k = to_float8(k, tl.load(k_scale_ptr + h, mask=h < heads, other=1.0)[:, None])
+        v = to_float8(widen(v), tl.load(v_scale_ptr + h, mask=h < heads, other=1.0)[:, None])
+    else:
+        k = narrow(k, k_cache_ptr.dtype.element_ty)
+    tl.store(k_slot + h[:, None] * k_cache_h + c[None, :], k, mask=here)
     tl.store(v_slot + h[:, None] * v_cache_h + c[None, :], v, mask=here)
 
 
@@ -79,24 +88,37 @@ def _rows_of_tile(tile, new, length, GROUP: tl.constexpr, BLOCK_M: tl.constexpr)
 
 
 @triton.jit
+def _load_cached(pointers, mask, scale_ptr, dtype: tl.constexpr):
+    """A tile of a cache as an operand of tl.dot beside one of `dtype`; with a scale, float8 in units of FLOAT8_UNIT * scale."""
+    if scale_ptr is None:
+        x = load_operand(pointers, mask)
+    else:
+        x = operand(from_float8(tl.load(pointers, mask=mask, other=0)), dtype)
+    return x
+
+
+@triton.jit
 def _attend(
-    q_ptr, k_ptr, v_ptr, table_ptr, cos_ptr, sin_ptr, slope_ptr, start, position, token, head, exists, low, high,
+    q_ptr, k_ptr, v_ptr, table_ptr, cos_ptr, sin_ptr, slope_ptr, k_scale_ptr, v_scale_ptr, start, position, token, head, exists, low, high,
     softmax_scale, window, max_position, q_t, q_h, k_b, k_s, v_b, v_s,
     BLOCK_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A tile of one sequence's rows over its keys low to high: the output, and the base-2 logarithm of the sum of
-    exponentials of the scores. k_ptr and v_ptr are at the head that the rows share, table_ptr at the sequence's row."""
+    exponentials of the scores. k_ptr, v_ptr and the scales are at the head that the rows share, table_ptr at the sequence's row."""
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
     c_k, inside_k = features(D, BLOCK_D, ROTARY)
     c_v, inside_v = features(D, BLOCK_D, "none")
     q_row = (start + token) * q_t + head * q_h
     q = load_operand(q_ptr + q_row[:, None] + c_k[None, :], exists[:, None] & inside_k[None, :])
     if ROTARY != "none":
         cos, sin = angles(cos_ptr, sin_ptr, position, exists, max_position, D, BLOCK_D)
-        q = operand(turn(q.to(tl.float32), cos, sin, BLOCK_M, BLOCK_D, ROTARY), q_ptr.dtype.element_ty)
+        q = operand(turn(q.to(tl.float32), cos, sin, BLOCK_M, BLOCK_D, ROTARY), dtype)
     if slope_ptr is not None:
         slope = tl.load(slope_ptr + head, mask=exists, other=0.0) * LOG2_E
     scale = softmax_scale * LOG2_E
+    if k_scale_ptr is not None:
+        scale *= tl.load(k_scale_ptr) * FLOAT8_UNIT
 
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
@@ -108,7 +130,7 @@ def _attend(
         block = tl.load(table_ptr + n // BLOCK_SIZE, mask=known, other=0).to(tl.int64)
         offset = (n % BLOCK_SIZE).to(tl.int64)
         k_row = block * k_b + offset * k_s
-        k = load_operand(k_ptr + k_row[:, None] + c_k[None, :], known[:, None] & inside_k[None, :])
+        k = _load_cached(k_ptr + k_row[:, None] + c_k[None, :], known[:, None] & inside_k[None, :], k_scale_ptr, dtype)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         distance = position[:, None] - n[None, :]
         if slope_ptr is not None:
@@ -123,14 +145,16 @@ def _attend(
         fade = tl.exp2(m - shift)
         # V is masked too: p is 0 past the end, but 0 * NaN is NaN.
         v_row = block * v_b + offset * v_s
-        v = load_operand(v_ptr + v_row[:, None] + c_v[None, :], known[:, None] & inside_v[None, :])
+        v = _load_cached(v_ptr + v_row[:, None] + c_v[None, :], known[:, None] & inside_v[None, :], v_scale_ptr, dtype)
         l = l * fade + tl.sum(p, 1)
-        acc = tl.dot(operand(p, v_ptr.dtype.element_ty), v, acc * fade[:, None], input_precision="ieee")
+        acc = tl.dot(operand(p, dtype), v, acc * fade[:, None], input_precision="ieee")
         m = m_next
         n += BLOCK_N
 
     sees = l > 0
     l = tl.where(sees, l, 1.0)
+    if v_scale_ptr is not None:
+        acc *= tl.load(v_scale_ptr) * FLOAT8_UNIT
     return acc / l[:, None], tl.where(sees, m + tl.log2(l), float("-inf"))
 
 
@@ -142,7 +166,7 @@ def _split_size(span, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N
 
 @triton.jit
 def _split_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, bound_ptr, cos_ptr, sin_ptr, slope_ptr, o_ptr, partial_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, bound_ptr, cos_ptr, sin_ptr, slope_ptr, k_scale_ptr, v_scale_ptr, o_ptr, partial_ptr, lse_ptr,
     softmax_scale, window, max_position, heads, splits, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, table_b,
     GROUP: tl.constexpr, FEW: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr,
@@ -150,6 +174,9 @@ def _split_kernel(
 ):  # fmt: skip
     # One program per (sequence, key head, split). partial_ptr is (rows of q, heads, splits, D), lse_ptr the same without D.
     b, kv, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    if k_scale_ptr is not None:
+        k_scale_ptr += kv
+        v_scale_ptr += kv
     start = tl.load(bound_ptr + b)
     new = tl.load(bound_ptr + b + 1) - start
     length = tl.load(length_ptr + b)
@@ -169,7 +196,7 @@ def _split_kernel(
         token, head, position, exists, _, last = _rows_of_tile(tile, new, length, GROUP, BLOCK_M)
         head += kv * GROUP
         o, lse = _attend(
-            q_ptr, k_ptr + kv * k_h, v_ptr + kv * v_h, table_ptr + b * table_b, cos_ptr, sin_ptr, slope_ptr,
+            q_ptr, k_ptr + kv * k_h, v_ptr + kv * v_h, table_ptr + b * table_b, cos_ptr, sin_ptr, slope_ptr, k_scale_ptr, v_scale_ptr,
             start, position, token, head, exists, low, tl.minimum(high, last + 1),
             softmax_scale, window, max_position, q_t, q_h, k_b, k_s, v_b, v_s,
             BLOCK_SIZE, D, BLOCK_D, ROTARY, BLOCK_M, BLOCK_N,
@@ -221,7 +248,7 @@ def _merge_kernel(
 
 @triton.jit
 def _tile_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, bound_ptr, cos_ptr, sin_ptr, slope_ptr, o_ptr,
+    q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, bound_ptr, cos_ptr, sin_ptr, slope_ptr, k_scale_ptr, v_scale_ptr, o_ptr,
     softmax_scale, window, max_position, heads, sequences, halvings, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, table_b,
     GROUP: tl.constexpr, FEW: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr,
@@ -230,6 +257,9 @@ def _tile_kernel(
     # One program per (tile of rows, key head). Sequence b's tiles begin at `its rows before b // BLOCK_M + b`: a whole number
     # known to every program, and far enough from the next sequence's for all its tiles.
     program, kv = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    if k_scale_ptr is not None:
+        k_scale_ptr += kv
+        v_scale_ptr += kv
     b, end = tl.full((), 0, tl.int64), tl.full((), sequences, tl.int64)
     for _ in range(0, halvings):
         middle = (b + end) // 2
@@ -246,7 +276,7 @@ def _tile_kernel(
     head += kv * GROUP
 
     o, _ = _attend(
-        q_ptr, k_ptr + kv * k_h, v_ptr + kv * v_h, table_ptr + b * table_b, cos_ptr, sin_ptr, slope_ptr,
+        q_ptr, k_ptr + kv * k_h, v_ptr + kv * v_h, table_ptr + b * table_b, cos_ptr, sin_ptr, slope_ptr, k_scale_ptr, v_scale_ptr,
         start, position, token, head, exists, tl.maximum(first - window + 1, 0), last + 1,
         softmax_scale, window, max_position, q_t, q_h, k_b, k_s, v_b, v_s,
         BLOCK_SIZE, D, BLOCK_D, ROTARY, BLOCK_M, BLOCK_N,
@@ -288,7 +318,7 @@ def _rotary(cos: Tensor | None, interleaved: bool) -> str:
 
 def _append(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, positions: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, interleaved: bool,
+    sin: Tensor | None, interleaved: bool, k_scale: Tensor | None, v_scale: Tensor | None,
 ) -> None:  # fmt: skip
     tokens, heads, head_dim = k.shape
     if k.numel() == 0:
@@ -296,7 +326,7 @@ def _append(
     k, v = with_unit_stride(k), with_unit_stride(v)
     block_h = _heads_per_program(heads, head_dim)
     _append_kernel[(tokens, triton.cdiv(heads, block_h))](
-        k, v, k_cache, v_cache, *_whole(slot_mapping, positions, cos, sin), heads,
+        k, v, k_cache, v_cache, *_whole(slot_mapping, positions, cos, sin, k_scale, v_scale), heads,
         0 if cos is None else len(cos), *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
         BLOCK_SIZE=k_cache.shape[1], D=head_dim, BLOCK_D=block_d(head_dim), ROTARY=_rotary(cos, interleaved), BLOCK_H=block_h,
     )  # fmt: skip
@@ -313,7 +343,8 @@ def _whole(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def _attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor, cos: Tensor | None,
-    sin: Tensor | None, interleaved: bool, softmax_scale: float, window: int, alibi_slopes: Tensor | None,
+    sin: Tensor | None, interleaved: bool, softmax_scale: float, window: int, alibi_slopes: Tensor | None, k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> Tensor:  # fmt: skip
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.numel() == 0:
@@ -321,13 +352,13 @@ def _attention(
     if block_table.numel() == 0 or k_cache.numel() == 0:
         return o.zero_()
     q, block_table = with_unit_stride(q), with_unit_stride(block_table)
-    seq_lens, cu_seqlens_q, cos, sin, alibi_slopes = _whole(seq_lens, cu_seqlens_q, cos, sin, alibi_slopes)
+    seq_lens, cu_seqlens_q, *others = _whole(seq_lens, cu_seqlens_q, cos, sin, alibi_slopes, k_scale, v_scale)
     total_q, heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
     sequences, group = len(seq_lens), heads // kv_heads
     few = _few(group)
 
-    inputs = (q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, cos, sin, alibi_slopes)
+    inputs = (q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, *others)
     sizes = (softmax_scale, window, 0 if cos is None else len(cos), heads)
     strides = (*q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0))
     variant = dict(
@@ -359,12 +390,15 @@ def _attention(
 def configurations() -> list[Configuration]:
     """What dispatch can choose. Block size, group and head_dim are the model's: those at which tiles change, and awkward ones."""
     found = []
-    for dtype, head_dim, rotary, block_size, group, has_alibi in (
-        ("bf16", 64, "pairs", 16, 1, False), ("bf16", 128, "pairs", 16, 8, False),
-        ("bf16", 256, "halves", 64, 1, False), ("bf16", 40, "halves", 1, 3, True), ("fp16", 33, "none", 48, 71, True),
-        ("fp32", 64, "pairs", 16, 1, False), ("fp32", 128, "halves", 16, 4, True), ("fp32", 256, "pairs", 16, 2, False),
+    for dtype, head_dim, rotary, block_size, group, has_alibi, is_float8 in (
+        ("bf16", 64, "pairs", 16, 1, False, False), ("bf16", 128, "pairs", 16, 8, False, False),
+        ("bf16", 256, "halves", 64, 1, False, False), ("bf16", 40, "halves", 1, 3, True, False),
+        ("fp16", 33, "none", 48, 71, True, False), ("fp32", 64, "pairs", 16, 1, False, False),
+        ("fp32", 128, "halves", 16, 4, True, False), ("fp32", 256, "pairs", 16, 2, False, False),
+        ("bf16", 128, "pairs", 16, 8, False, True),
     ):  # fmt: skip
         model = dict(BLOCK_SIZE=block_size, D=head_dim, BLOCK_D=block_d(head_dim), ROTARY=rotary)
+        model |= {} if is_float8 else dict(k_scale_ptr=None, v_scale_ptr=None)
         if rotary == "none":
             model |= dict(cos_ptr=None, sin_ptr=None)
         attention = model | dict(GROUP=group, FEW=_few(group)) | ({} if has_alibi else dict(slope_ptr=None))
@@ -375,10 +409,11 @@ def configurations() -> list[Configuration]:
             _configuration(_split_kernel, dtype, attention | limits | split),
             _configuration(_tile_kernel, dtype, attention | _tile_options(head_dim, itemsize)),
         ]
-        if dtype == "bf16" and rotary != "none":
+        if dtype == "bf16" and (is_float8 or head_dim != 64):
+            found.append(_configuration(_append_kernel, dtype, model | dict(BLOCK_H=_heads_per_program(8, head_dim))))
+        if dtype == "bf16" and head_dim in (40, 256):
             merge = dict(FEW=_few(group), D=head_dim, BLOCK_D=block_d(head_dim), BLOCK_N=split["BLOCK_N"])
-            append = dict(BLOCK_H=_heads_per_program(8, head_dim))
-            found += [_configuration(_merge_kernel, dtype, limits | merge), _configuration(_append_kernel, dtype, model | append)]
+            found.append(_configuration(_merge_kernel, dtype, limits | merge))
     return found
 
 
@@ -386,8 +421,12 @@ def _configuration(kernel: Any, dtype: str, constexprs: dict[str, Any]) -> Confi
     launch = {option: constexprs.pop(option) for option in ("num_warps", "num_stages") if option in constexprs}
     types = {"slot_ptr": "*i64:16", "position_ptr": "*i64:16", "softmax_scale": "fp32", "table_b": "i32"}
     types |= {f"{whole}_ptr": "*i32:16" for whole in ("table", "length", "bound")}
-    types |= {f"{wide}_ptr": "*fp32:16" for wide in ("cos", "sin", "slope", "partial", "lse")}
+    types |= {f"{wide}_ptr": "*fp32:16" for wide in ("cos", "sin", "slope", "k_scale", "v_scale", "partial", "lse")}
     types |= {number: "i32" for number in ("window", "max_position", "heads", "sequences", "halvings", "splits")}
+    is_float8 = "k_scale_ptr" in kernel.arg_names and "k_scale_ptr" not in constexprs
+    if is_float8:
+        cache = ("k_cache_ptr", "v_cache_ptr") if "k_cache_ptr" in kernel.arg_names else ("k_ptr", "v_ptr")
+        types |= dict.fromkeys(cache, "*u8:16")
     stride = "i32" if constexprs["D"] % 16 else "i32:16"
     signature = {
         name: types.get(name, f"*{dtype}:16" if name.endswith("_ptr") else stride)
@@ -397,18 +436,19 @@ def _configuration(kernel: Any, dtype: str, constexprs: dict[str, Any]) -> Confi
     role = kernel.__name__.strip("_").removesuffix("_kernel")
     shape = " ".join(f"{name}={constexprs[name]}" for name in ("D", "ROTARY", "BLOCK_SIZE", "GROUP") if name in constexprs)
     alibi = " ALiBi" if "slope_ptr" in signature else ""
-    return Configuration(kernel, signature, constexprs, name=f"paged_attention {role} {dtype} {shape}{alibi}", **launch)
+    return Configuration(kernel, signature, constexprs, name=f"paged_attention {role} {dtype} {shape}{alibi}{' float8' if is_float8 else ''}", **launch)
 
 
 paged_append_triton = define(
     "paged_append_triton(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, Tensor? positions,"
-    " Tensor? cos, Tensor? sin, bool interleaved) -> ()",
+    " Tensor? cos, Tensor? sin, bool interleaved, Tensor? k_scale, Tensor? v_scale) -> ()",
     _append,
     lambda *inputs: None,
 )
 paged_attention_triton = define(
     "paged_attention_triton(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q,"
-    " Tensor? cos, Tensor? sin, bool interleaved, float softmax_scale, int window, Tensor? alibi_slopes) -> Tensor",
+    " Tensor? cos, Tensor? sin, bool interleaved, float softmax_scale, int window, Tensor? alibi_slopes, Tensor? k_scale,"
+    " Tensor? v_scale) -> Tensor",
     _attention,
     lambda q, *rest: q.new_empty(q.shape),
 )
@@ -435,22 +475,30 @@ def refuses_attention(
     return refuses_device(q) or refuses_dtype("q", q) or _refuses_cache(q, k_cache, v_cache)
 
 
+def _bits(cache: Tensor) -> Tensor:
+    """A float8 cache as uint8, which every GPU can load."""
+    return cache.view(torch.uint8) if cache.dtype == FLOAT8 else cache
+
+
 @APPEND.offer("triton", refuses_append)
 def _serve_append(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, *, positions: Tensor | None = None,
-    cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = True,
+    cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = True, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
-    paged_append_triton(k, v, k_cache, v_cache, slot_mapping, positions, cos, sin, interleaved)
+    k_cache, v_cache = _bits(k_cache), _bits(v_cache)
+    paged_append_triton(k, v, k_cache, v_cache, slot_mapping, positions, cos, sin, interleaved, k_scale, v_scale)
 
 
 @ATTENTION.offer("triton", refuses_attention)
 def _serve_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor, *,
     cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = True, softmax_scale: float | None = None,
-    window: int | None = None, alibi_slopes: Tensor | None = None,
+    window: int | None = None, alibi_slopes: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     window = UNBOUNDED if window is None else min(window, UNBOUNDED)
     return paged_attention_triton(
-        q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, cos, sin, interleaved, softmax_scale, window, alibi_slopes
-    )
+        q, _bits(k_cache), _bits(v_cache), block_table, seq_lens, cu_seqlens_q, cos, sin, interleaved, softmax_scale, window, alibi_slopes,
+        k_scale, v_scale,
+    )  # fmt: skip

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .paged_attention import FLOAT8
+
 
 class PagedStep(NamedTuple):
     """The new tokens of some sequences, laid end to end, and where their keys go. PagedKVCache.extend makes it.
@@ -18,6 +20,7 @@ class PagedStep(NamedTuple):
     cu_seqlens        (B + 1,) int32, sequence b owns new tokens cu_seqlens[b] to cu_seqlens[b + 1]
     positions         (T,) int64, position of each new token in its sequence
     slot_mapping      (T,) int64, block * block_size + offset of each new token
+    k_scale, v_scale  (num_layers, Hkv) float32 with caches of torch.float8_e4m3fn, otherwise None
     """
 
     k_cache: Tensor
@@ -27,6 +30,13 @@ class PagedStep(NamedTuple):
     cu_seqlens: Tensor
     positions: Tensor
     slot_mapping: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    def scales(self, layer: int) -> dict[str, Tensor | None]:
+        """The options k_scale and v_scale of paged_append and paged_attention in this layer."""
+        pairs = (("k_scale", self.k_scale), ("v_scale", self.v_scale))
+        return {name: None if scale is None else scale[layer] for name, scale in pairs}
 
 
 class PagedKVCache:
@@ -35,7 +45,9 @@ class PagedKVCache:
     num_blocks, block_size   capacity: num_blocks * block_size tokens, over all sequences
     num_kv_heads, head_dim   Hkv and D
     num_layers               attention layers that share the block tables, each with keys and values of its own
-    dtype, device            of keys and values
+    dtype, device            of keys and values; torch.float8_e4m3fn takes half the memory of half precision
+    k_scale, v_scale         of a float8 cache: what 1 in it is worth, a number or float32 that broadcasts to (num_layers, Hkv), above 0;
+                             default 1, at which magnitudes up to 448 fit, and keep four digits (binary) down to 1/64
 
     Every layer of a model takes the same step: `step = cache.extend(["a", "b"], [5, 3])`, then `attention(x, step=step, layer=i)`.
     A sequence begins when it is first named and ends with `free`. Nothing is ever moved or evicted.
@@ -52,6 +64,8 @@ class PagedKVCache:
         num_layers: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        k_scale: Tensor | float | None = None,
+        v_scale: Tensor | float | None = None,
     ) -> None:
         sizes = dict(
             num_blocks=num_blocks, block_size=block_size, num_kv_heads=num_kv_heads, head_dim=head_dim, num_layers=num_layers
@@ -62,10 +76,28 @@ class PagedKVCache:
         shape = (num_layers, num_blocks, block_size, num_kv_heads, head_dim)
         self.k_cache = torch.empty(shape, dtype=dtype, device=device)
         self.v_cache = torch.empty(shape, dtype=dtype, device=device)
+        self.k_scale, self.v_scale = (
+            self._whole_scale(name, scale) for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
+        )
         self.block_size = block_size
         self._free = list(range(num_blocks - 1, -1, -1))
         self._blocks: dict[Hashable, list[int]] = {}
         self._lengths: dict[Hashable, int] = {}
+
+    def _whole_scale(self, name: str, scale: Tensor | float | None) -> Tensor | None:
+        """`scale` for each layer and head, (num_layers, Hkv) float32."""
+        cache = self.k_cache
+        if cache.dtype != FLOAT8:
+            if scale is not None:
+                raise ValueError(f"PagedKVCache: {name} is given and dtype is {cache.dtype}; only a cache of {FLOAT8} has scales")
+            return None
+        shape = (cache.shape[0], cache.shape[3])
+        given = torch.as_tensor(1.0 if scale is None else scale, dtype=torch.float32, device=cache.device)
+        if given.dim() > 2 or any(have not in (1, want) for have, want in zip(given.shape[::-1], shape[::-1])):
+            raise ValueError(f"PagedKVCache: {name} has shape {tuple(given.shape)}; it must broadcast to (num_layers, Hkv), {shape}")
+        if not bool(((given > 0) & given.isfinite()).all()):
+            raise ValueError(f"PagedKVCache: {name} is {given.tolist()}; a scale is finite and above 0")
+        return given.expand(shape).contiguous()
 
     @property
     def free_tokens(self) -> int:
@@ -120,6 +152,8 @@ class PagedKVCache:
             torch.tensor(offsets, dtype=torch.int32, device=device),
             torch.tensor(positions, dtype=torch.int64, device=device),
             torch.tensor(slots, dtype=torch.int64, device=device),
+            self.k_scale,
+            self.v_scale,
         )
 
     def free(self, sequence: Hashable) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from .damped_sine import damped_sine
 from .damped_sine_mlp import damped_sine_mlp, linear_damped_sine
 from .linear_cross_entropy import linear_cross_entropy
-from .paged_attention import paged_attention
+from .paged_attention import FLOAT8, paged_append, paged_attention
 from .registry import OPS
 from .rms_norm import rms_norm
 from .rope_attention import rope_attention, rotary_tables
@@ -107,6 +107,16 @@ def _outputs(function: Callable[..., Tensor], tensors: list[Tensor], count: int)
         return [y.detach(), *torch.autograd.grad(y, leaves[:count], weights)]
 
 
+def _through_a_float8_cache(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, offsets: Tensor, slots: Tensor
+) -> Tensor:
+    """paged_append and paged_attention; a scale of a power of two, so that what is written does not depend on the dtype of k and v."""
+    caches = [torch.zeros((4, 16, 1, 64), device=q.device).to(FLOAT8) for _ in range(2)]
+    scales = {name: torch.full((1,), 2.0**-6, device=q.device) for name in ("k_scale", "v_scale")}
+    paged_append(k, v, *caches, slots, **scales, backend=backend)
+    return paged_attention(q, *caches, table, lengths, offsets, **scales, backend=backend)
+
+
 def _cases() -> list[Case]:
     g = torch.Generator().manual_seed(0)
 
@@ -138,6 +148,11 @@ def _cases() -> list[Case]:
         (
             "paged_attention", half, lambda backend, *a: paged_attention(*a, backend=backend),
             [draw(4, 2, 64, dtype=half), draw(4, 16, 1, 64, dtype=half), draw(4, 16, 1, 64, dtype=half), table, lengths, offsets], 0,
+        ),
+        (
+            "paged_attention", half, _through_a_float8_cache,
+            [draw(4, 2, 64, dtype=half), draw(4, 1, 64, dtype=half), draw(4, 1, 64, dtype=half), table, torch.tensor([1, 3], dtype=torch.int32),
+             offsets, torch.tensor([32, 16, 17, 18])], 0,
         ),
         (
             "linear_cross_entropy", half, lambda backend, *a: linear_cross_entropy(*a, backend=backend),
