@@ -27,11 +27,10 @@ from .rope_attention_tiles_triton import (
     distance,
     document_start,
     features,
-    first_key,
-    key_range,
     load_operand,
     narrowing,
     operand,
+    query_tile,
     rotated,
     rows_per_program,
     skipping,
@@ -206,18 +205,8 @@ def dq_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_ALIBI: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # The forward kernel's walk: rows is B * H, the longest tiles start first.
-    program = tl.program_id(0).to(tl.int64)
-    tile = tl.cdiv(queries, BLOCK_M) - 1 - program // rows
-    row = program % rows
-    b, h = row // heads, row % heads
-    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    position = (i + keys - queries).to(tl.int32)
-    origin = (tile * BLOCK_M).to(tl.int32) + keys - queries
-    start = document_start(i, b, keys, start_ptr, i < queries, HAS_DOCUMENTS)
-    first = first_key(start, position, window, HAS_WINDOW)
-    low, full_low, full_high, high = key_range(
-        tile, b, queries, keys, start_ptr, window, BLOCK_M, BLOCK_N, HAS_DOCUMENTS, HAS_WINDOW
+    row, b, h, i, position, start, first, origin, low, full_low, full_high, high = query_tile(
+        queries, keys, rows, heads, start_ptr, window, BLOCK_M, BLOCK_N, HAS_DOCUMENTS, HAS_WINDOW
     )
     c_k, inside_k = features(D, BLOCK_D, ROTARY)
     c_v, inside_v = features(D, BLOCK_D, "none")

@@ -134,6 +134,32 @@ def key_range(
 
 
 @triton.jit
+def query_tile(
+    queries, keys, rows, heads, start_ptr, window,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """What a program that owns a tile of one head's queries starts from. rows is B * H; the last queries see most keys, so their tiles
+    come first.
+
+    Its row b * heads + h, b and h; of each query its index, position in the row, document's first token and first key that it sees; the
+    position of the tile's first query; key_range's four bounds.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    tile = tl.cdiv(queries, BLOCK_M) - 1 - program // rows
+    row = program % rows
+    b, h = row // heads, row % heads
+    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    position = (i + keys - queries).to(tl.int32)
+    origin = (tile * BLOCK_M).to(tl.int32) + keys - queries
+    start = document_start(i, b, keys, start_ptr, i < queries, HAS_DOCUMENTS)
+    first = first_key(start, position, window, HAS_WINDOW)
+    low, full_low, full_high, high = key_range(
+        tile, b, queries, keys, start_ptr, window, BLOCK_M, BLOCK_N, HAS_DOCUMENTS, HAS_WINDOW
+    )
+    return row, b, h, i, position, start, first, origin, low, full_low, full_high, high
+
+
+@triton.jit
 def skipping(step, skip_low, skip_high):
     """Where a walk is that leaves out skip_low to skip_high: one loop, so one copy of its body, for the ranges on both sides."""
     return step + tl.where(step >= skip_low, skip_high - skip_low, 0)
