@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
@@ -33,7 +34,7 @@ class Choice:
     reported: int = 0  # drawn tokens whose log probabilities were given
     finish_reason: str | None = None
     _offset: int = field(default=0)  # characters of the tokens reported so far
-    _pending: bytes = b""
+    _utf8: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
 
     def take(self, piece: Piece) -> None:
         self.text += piece.text
@@ -50,7 +51,7 @@ class Choice:
             self.take(piece)
         logprobs = None
         if self.request.logprobs is not None:
-            first = [self.request.tokens[0]] if head and given else []
+            first = [self.request.tokens[0]] if head else []
             logprobs = self._legacy_logprobs(first, [*given, *drawn])
         return {"index": self.index, "text": head + text, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
@@ -72,10 +73,7 @@ class Choice:
         offsets = []
         for token in tokens:
             offsets.append(self._offset)
-            self._pending += self.token_bytes([token])
-            whole = self._pending.decode("utf-8", errors="ignore")
-            self._offset += len(whole)
-            self._pending = self._pending[len(whole.encode()) :] if len(self._pending) < 8 else b""
+            self._offset += len(self._utf8.decode(self.token_bytes([token])))
         missing = [None] * len(unpredicted)
         return {
             "tokens": [self._name(token) for token in tokens],

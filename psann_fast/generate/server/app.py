@@ -34,6 +34,7 @@ PAGE_POLICY = (
     "form-action 'none'"
 )
 GONE = 499  # nobody reads it; the metrics count it
+BODY_SECONDS = 30.0  # within which a body must have come
 RETRY_AFTER = "1"  # seconds; a place in the queue comes free with every text that ends
 
 
@@ -142,11 +143,11 @@ class Server:
             return JSONResponse(error_body(str(error), "server_error"), 503, {"Retry-After": RETRY_AFTER})
         if asked.stream:
             chunks = self._chunks(stream, asked, choices, len(prompts), form, began)
-            return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            return EventStream(stream, chunks)
         return await self._whole(http, stream, choices, len(prompts), form, began)
 
     def _choices(self, asked: Asked, prompts: list[str | list[int]]) -> list[Choice]:
-        """A choice for each sample of each prompt. Raises ValueError for a text that is not valid Unicode."""
+        """A choice for each sample of each prompt. Raises ValueError for a text that is not valid Unicode, or does not fit."""
         tokenizer, choices = self.tokenizer, []
         for prompt in prompts:
             tokens = tokenizer.encode(prompt) or [tokenizer.eos_id] if isinstance(prompt, str) else prompt
@@ -159,6 +160,8 @@ class Server:
                     len(choices), list(tokens), params, TextStream(tokenizer.decode_bytes, params.stop_strings),
                     logprobs=asked.logprobs, prompt_logprobs=asked.echo and asked.logprobs is not None,
                 )  # fmt: skip
+                if sample == 0:  # before a prompt that cannot fit is copied n times
+                    self.serving.engine.check(request)
                 choices.append(Choice(request, len(choices), tokenizer.decode_bytes, tokenizer.eos_id, echo))
         return choices
 
@@ -194,7 +197,7 @@ class Server:
     async def _chunks(
         self, stream: Stream, asked: Asked, choices: list[Choice], prompts: int, form: Completions, began: float
     ) -> AsyncIterator[bytes]:
-        """Server-sent events, a piece each. Closing this, as a disconnect does, cancels the requests."""
+        """Server-sent events, a piece each."""
         head = form.head(True)
         tail = {"usage": None} if asked.includes_usage else {}
         is_first = True
@@ -214,8 +217,20 @@ class Server:
             self.metrics.whole.add(time.perf_counter() - began)
         except EngineClosed as error:  # too late for a status
             yield _event(error_body(str(error), "server_error"))
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events that are made of a Stream, which ends with them."""
+
+    def __init__(self, stream: Stream, chunks: AsyncIterator[bytes]) -> None:
+        super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._stream = stream
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
         finally:
-            stream.cancel()
+            self._stream.cancel()  # where the client left before the first chunk, nothing of `chunks` has run
 
 
 class Completions:
@@ -273,18 +288,33 @@ def _event(content: Json) -> bytes:
 
 
 async def _body(request: HttpRequest, most: int) -> bytes:
-    """The body, refused as soon as it is known to be too large."""
+    """The body, refused as soon as it is known to be too large, or too slow.
+
+    A body that says that it is a little too large is read and forgotten first: answered earlier, a client that still sends would
+    see a broken connection and not the reason.
+    """
     too_large = BadRequest(f"the body is larger than {most} bytes, which is this server's limit", status=413)
     stated = request.headers.get("content-length", "")
-    if stated.isdigit() and int(stated) > most:
+    is_stated = stated.isdecimal() and int(stated) > most
+    if is_stated and int(stated) > 4 * most:
         raise too_large
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
+
+    async def read() -> bytes:
+        parts, size = [], 0
+        async for part in request.stream():
+            size += len(part)
+            if size <= most:
+                parts.append(part)
+            elif not is_stated:
+                raise too_large
+        if is_stated:
             raise too_large
-        parts.append(part)
-    return b"".join(parts)
+        return b"".join(parts)
+
+    try:
+        return await asyncio.wait_for(read(), BODY_SECONDS)
+    except asyncio.TimeoutError as error:
+        raise BadRequest(f"the body did not come within {BODY_SECONDS:g} seconds", status=408) from error
 
 
 async def _until_disconnect(request: HttpRequest) -> None:

@@ -81,7 +81,7 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 def parse(body: bytes, is_chat: bool, limits: Limits) -> Asked:
     """The meaning of a body. Raises BadRequest for one that is not JSON, unknown fields and values out of range."""
     try:
-        fields = json.loads(body)
+        fields = json.loads(body, object_pairs_hook=_without_repetition)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from error
     if not isinstance(fields, dict):
@@ -122,6 +122,15 @@ def parse(body: bytes, is_chat: bool, limits: Limits) -> Asked:
         echo=_flag(fields, "echo"),
         logprobs=_chat_logprobs(fields) if is_chat else _logprobs(fields),
     )
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. JSON leaves open which of two equal names counts, so a proxy may have checked the other one."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{_short(next(name for name in made if names.count(name) > 1))} stands twice in one object")
+    return made
 
 
 def _refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
