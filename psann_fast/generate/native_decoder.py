@@ -59,17 +59,19 @@ def refuses(module: nn.Module) -> str | None:
 
 
 class Matrix:
-    """A linear layer's weight, rounded if asked for, and its bias."""
+    """The weights of one linear layer, or of several that read the same input, rounded if asked for, and their biases."""
 
-    def __init__(self, layer: nn.Linear, weights: str) -> None:
-        weight = layer.weight.detach()
+    def __init__(self, weights: str, *layers: nn.Linear) -> None:
+        weight = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
         self.scale: Tensor | None = None
         if weights == "bf16":
             weight = weight.to(torch.bfloat16)
         elif weights == "int8":
             weight, self.scale = quantize(weight)
         self.weight = weight.contiguous()
-        self.bias = None if layer.bias is None else layer.bias.detach()
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        assert len(biases) in (0, len(layers)), "some of the layers have a bias and some have none"
+        self.bias = torch.cat(biases) if biases else None
         self._bias32 = None if self.bias is None else self.bias.float().contiguous()
         self.outputs, self.inputs = weight.shape
         self._wide: Tensor | None = None
@@ -136,7 +138,7 @@ class Sine:
 
 class Wave:
     def __init__(self, wave: WaveBranch, weights: str) -> None:
-        self.norm, self.sine, self.out = Norm(wave.norm), Sine(wave.act), Matrix(wave.out_proj, weights)
+        self.norm, self.sine, self.out = Norm(wave.norm), Sine(wave.act), Matrix(weights, wave.out_proj)
         self._taps, self._bias = wave.weight.detach().float().contiguous(), wave.bias.detach().float().contiguous()
         self._kernel, self._dilation, self._length = wave.kernel_size, wave.dilation, wave.state_length
 
@@ -167,14 +169,15 @@ class Layer:
         attn, mlp = block.attn, block.mlp
         self.wave = Wave(block.wave, weights) if hasattr(block, "wave") else None
         self.norm1, self.norm2 = Norm(block.norm1), Norm(block.norm2)
-        self.q, self.k, self.v, self.o = (Matrix(p, weights) for p in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj))
-        self.fc1, self.sine, self.fc2 = Matrix(mlp.fc1, weights), Sine(mlp.act), Matrix(mlp.fc2, weights)
+        # One product where the modules have three: threads meet less often, and each weight's run is longer.
+        self.qkv, self.o = Matrix(weights, attn.q_proj, attn.k_proj, attn.v_proj), Matrix(weights, attn.o_proj)
+        self.fc1, self.sine, self.fc2 = Matrix(weights, mlp.fc1), Sine(mlp.act), Matrix(weights, mlp.fc2)
         self.alpha = block.alpha.item()
         self.slopes = None if attn.slopes is None else attn.slopes.beside(attn.q_proj.weight).contiguous()
 
     @property
     def matrices(self) -> list[Matrix]:
-        return [self.q, self.k, self.v, self.o, self.fc1, self.fc2] + ([] if self.wave is None else [self.wave.out])
+        return [self.qkv, self.o, self.fc1, self.fc2] + ([] if self.wave is None else [self.wave.out])
 
 
 class Weights:
@@ -184,7 +187,7 @@ class Weights:
         # Not the module itself: _PREPARED would then keep it alive.
         self.config, self.embedding = module.config, module.embed.weight.detach()
         self.layers = [Layer(block, weights) for block in module.blocks]
-        self.last, self.head = Norm(module.ln_f), Matrix(module.lm_head, weights)
+        self.last, self.head = Norm(module.ln_f), Matrix(weights, module.lm_head)
 
     @property
     def bytes_read(self) -> int:
@@ -200,10 +203,10 @@ class Program:
         config, dtype = weights.config, weights.embedding.dtype
         kv_width = config.n_kv_heads * config.head_dim
         # Calls hold addresses, not tensors, so all buffers are kept. Matrices get all rows of one, the others those that are used.
-        widths = [config.d_model] * 5 + [kv_width, kv_width, config.d_mlp]
+        widths = [config.d_model] * 4 + [config.d_model + 2 * kv_width, config.d_mlp]
         self._whole = [torch.zeros(padded(rows), width, dtype=dtype) for width in widths]
-        self.x, self.n, self._added, self._q, self._o, self._k, self._v, z = (buffer[:rows] for buffer in self._whole)
-        _, whole_n, whole_added, whole_q, whole_o, whole_k, whole_v, whole_z = self._whole
+        self.x, self.n, self._added, self._o, self._qkv, z = (buffer[:rows] for buffer in self._whole)
+        _, whole_n, whole_added, whole_o, whole_qkv, whole_z = self._whole
         self._num_heads, self._layers = config.n_heads, weights.layers
         # For each layer: calls up to its convolution, if it has one, those up to attention, and those after it.
         self._parts: list[tuple[list[Call], list[Call], list[Call]]] = []
@@ -215,7 +218,7 @@ class Program:
                 added = self._added
             middle = [] if layer.wave is None else [layer.wave.out.call(whole_o, whole_added)]
             middle.append(layer.norm1.call(self.x, added, self.n))
-            middle += [matrix.call(whole_n, y) for matrix, y in ((layer.q, whole_q), (layer.k, whole_k), (layer.v, whole_v))]
+            middle.append(layer.qkv.call(whole_n, whole_qkv))
             added = self._added
             after = [layer.o.call(whole_o, whole_added), layer.norm2.call(self.x, added, self.n)]
             after += [layer.fc1.call(whole_n, whole_z), layer.sine.call(z), layer.fc2.call(whole_z, whole_added)]
@@ -245,20 +248,21 @@ class Program:
         """Appends one layer's keys and values, and attends; what all layers share is looked up once."""
         num_blocks, block_size, kv_heads, head_dim = view.k_cache[0].shape
         strides = view.k_cache[0].stride()[:3]
-        (rows, width), kv_width = self._q.shape, kv_heads * head_dim
-        kind, threads = TYPES[self._q.dtype], torch.get_num_threads()
+        rows, width = self._qkv.shape
+        kind, threads = TYPES[self._qkv.dtype], torch.get_num_threads()
         rotary = address(view.cos), address(view.sin), True
         max_position = 0 if view.cos is None else len(view.cos)
         sequences, max_blocks = view.block_table.shape
-        q, k, v, o = (t.data_ptr() for t in (self._q, self._k, self._v, self._o))
+        q_width, kv_width = self._num_heads * head_dim, kv_heads * head_dim
+        q, k, v = (part.data_ptr() for part in self._qkv.split((q_width, kv_width, kv_width), dim=1))
         append = (
             view.slot_mapping.data_ptr(), view.positions.data_ptr(), *rotary, rows, kv_heads, head_dim, block_size, num_blocks,
-            max_position, kv_width, head_dim, kv_width, head_dim, kind, threads,
+            max_position, width, head_dim, width, head_dim, kind, threads,
         )  # fmt: skip
         tables = view.block_table.data_ptr(), view.seq_lens.data_ptr(), view.cu_seqlens.data_ptr()
         sizes = (
-            o, *rotary, rows, sequences, self._num_heads, kv_heads, head_dim, block_size, num_blocks, max_blocks, max_position,
-            max_blocks, width, head_dim, 0, head_dim**-0.5, kind, threads,
+            self._o.data_ptr(), *rotary, rows, sequences, self._num_heads, kv_heads, head_dim, block_size, num_blocks, max_blocks,
+            max_position, max_blocks, width, head_dim, 0, head_dim**-0.5, kind, threads,
         )  # fmt: skip
 
         def attend(index: int, layer: Layer) -> None:
