@@ -16,12 +16,12 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("psann-fast", "torch", "triton", "numpy")
 
 
-def conditions() -> dict[str, Any]:
-    """device, threads, versions, commit (with "+" where the tree has changes) and date of this run."""
+def conditions(*peers: str) -> dict[str, Any]:
+    """device, threads, versions (those of `peers` too), commit (with "+" where the tree has changes) and date of this run."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in (*PACKAGES, *peers)}},
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
@@ -47,11 +47,20 @@ def _commit() -> str:
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
-def write_results(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_results(path: str | Path, rows: Iterable[Mapping[str, Any]], *peers: str) -> None:
     """JSON lines: the conditions first, then the rows."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in [{"conditions": conditions()}, *rows]), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in [{"conditions": conditions(*peers)}, *rows]), encoding="utf-8")
+
+
+def kept_results(path: str | Path, *peers: str) -> list[dict[str, Any]]:
+    """The rows of an interrupted run that was made under today's conditions; none where one of them differs."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    head, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return rows if head == {"conditions": conditions(*peers)} else []
 
 
 def table(rows: list[Mapping[str, Any]]) -> str:
