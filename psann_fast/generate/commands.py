@@ -50,7 +50,7 @@ def add_to(commands: Any, add_model: Callable[[argparse.ArgumentParser], None]) 
         metavar="FILE",
         help=f"clients must send this key (default: ${API_KEY_VARIABLE}; without one, all are served)",
     )
-    serve.add_argument("--template", metavar="FILE", help="Jinja chat template; without one there is no chat route")
+    serve.add_argument("--template", metavar="FILE", help="Jinja chat template; without one chats are refused")
     serve.add_argument(
         "--cache-tokens", type=int, metavar="N", help="tokens that the cache holds at most (default: from free memory)"
     )

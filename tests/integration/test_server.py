@@ -156,7 +156,8 @@ def test_chat_goes_through_the_template(served):
 
 def test_without_a_template_there_is_no_chat():
     with running(small_server()) as address:
-        assert call(address, "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})[0] == 404
+        status, content, _ = call(address, "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})
+        assert status == 404 and "start the server with --template" in json.loads(content)["error"]["message"]
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------------------

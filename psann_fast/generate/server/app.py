@@ -47,7 +47,7 @@ class Server:
     limits         of one request
     max_waiting    requests that may wait beside the running ones; beyond, 429
     api_key        asked for on every route but /health; None: nobody is asked
-    template       makes prompts of chats; None: there is no chat route
+    template       makes prompts of chats; None: chats are refused
     drain_seconds  given to running requests when the server stops
     """
 
@@ -75,9 +75,8 @@ class Server:
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
             Route("/v1/completions", self._completions, methods=["POST"]),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
         ]
-        if template is not None:
-            routes.append(Route("/v1/chat/completions", self._chat, methods=["POST"]))
         inner = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=_HANDLERS)
         self.app = Guard(inner, api_key, self.metrics.responded, known_paths={route.path for route in routes})
 
@@ -122,6 +121,11 @@ class Server:
         return await self._answer(request, asked, asked.prompts, Completions(self.name))
 
     async def _chat(self, request: HttpRequest) -> Response:
+        if self.template is None:
+            raise BadRequest(
+                "this server has no chat template, and the model may not know conversations; POST to /v1/completions, or start the "
+                "server with --template FILE", status=404, code="no_chat_template",
+            )  # fmt: skip
         asked = parse(await _body(request, self.limits.body_bytes), True, self.limits)
         try:
             prompt = self.template(asked.messages)
