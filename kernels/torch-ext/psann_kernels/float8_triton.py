@@ -19,7 +19,7 @@ def from_float8(x):
     bits = x.to(tl.uint16)
     # float16 has one more exponent bit and a bias of 15: the same bits in its places mean 2^-8 as much, subnormal numbers too.
     half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-    half = tl.where((bits & 0x7F) == 0x7F, 0x7E00, half).to(tl.uint16)
+    half = tl.where((bits & 0x7F) == 0x7F, 0x7E00, half)
     return half.to(tl.float16, bitcast=True).to(tl.float32)
 
 
@@ -33,5 +33,5 @@ def to_float8(x, scale):
     # Below the least normal number steps are 2^-9: beside 2^14 float32 has just those.
     subnormal = (size + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
     code = tl.where(size < 0.015625, subnormal, normal)
-    code = tl.where(y == y, code, 0x7F).to(tl.uint32)
+    code = tl.where(y == y, code, 0x7F)
     return (code | ((y.to(tl.uint32, bitcast=True) >> 31) << 7)).to(tl.uint8)
