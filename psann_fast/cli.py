@@ -27,6 +27,7 @@ from .doctor import report
 from .estimator import psannLM
 from .generate import commands as writing
 from .integrations.export import export, import_exported
+from .train.checkpoints import newest_step
 from .train.runs import differences, find_runs, summary
 from .version import __version__
 
@@ -181,7 +182,12 @@ def _train(options: argparse.Namespace) -> int:
     torch.manual_seed(settings.seed)
     data = _data(options, chosen["data"])
     model = psannLM(**chosen["model"])
-    model.fit(data, train_config=settings)
+    try:
+        model.fit(data, train_config=settings)
+    except (KeyboardInterrupt, SystemExit):
+        if int(os.environ.get("RANK", 0)) == 0 and newest_step(folder) is not None:
+            print(f"to go on: the same line with --out {folder} --resume auto", file=sys.stderr)
+        raise
     if int(os.environ.get("RANK", 0)) > 0:
         return 0  # process 0 speaks for all
     if not model.history_:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -36,7 +37,7 @@ from .train.distributed import is_launched
 from .train.model_card import model_card
 from .train.precision import resolve_device
 from .train.resumable import check_resumable
-from .train.run_folder import RunFolder
+from .train.run_folder import RunFolder, logged_alone, one_run
 from .train.snapshot import Snapshot
 from .train.trainer import check, check_same_run, evaluate, train
 
@@ -168,36 +169,42 @@ class psannLM:
         is_main = not (settings.ddp != "off" and is_launched()) or int(os.environ["RANK"]) == 0
         options = {name: configuration.to_dict(part) for name, part in (("model", config), ("train", settings), ("data", data.config))}
         run_folder = checkpoints = None
-        if settings.checkpoint_dir is not None and is_main:
-            checkpoints = Checkpoints(
-                settings.checkpoint_dir, self._parts, keep=settings.keep_checkpoints, is_async=settings.async_checkpoints,
-                is_resumed=resumed is not None,
-            )  # fmt: skip
-            run_folder = RunFolder(
-                settings.checkpoint_dir, options, after_step=None if resumed is None else resumed.step, tensorboard=settings.tensorboard
-            )
-        # From here on nothing is left to refuse, so the model may change.
-        is_new, self._module, self.tokenizer, self.history_ = self._module is None, module, data.tokenizer, []
-        self.config = module.config = config
-        if is_new:
-            self._say_what_runs_as_auto()
-        if resumed is not None:
-            module.load_state_dict(resumed.weights)
-        _LOG.info("training %s parameters on %s tokens", f"{module.num_parameters():,}", f"{data.train_tokens:,}")
-        try:
-            train(
-                module, data.dataset, settings, val_examples=val_examples, run=run_folder, history=self.history_, resumed=resumed,
-                save=None if settings.checkpoint_dir is None else checkpoints.save if is_main else _not_main,
-                sample=None if run_folder is None else lambda step: run_folder.add_sample(step, self._sampled(settings)),
-            )  # fmt: skip
-        finally:
-            if run_folder is not None:
-                described = {**options["data"], "train_tokens": data.train_tokens, "train_bytes": data.train_bytes}
-                name, size = run_folder.path.resolve().name, module.num_parameters()
-                try:
-                    checkpoints.wait()
-                finally:
-                    run_folder.close(model_card(name, size, options["model"], options["train"], described, run_folder.rows))
+        with contextlib.ExitStack() as held:
+            if settings.checkpoint_dir is not None and is_main:
+                held.enter_context(one_run(settings.checkpoint_dir))
+                checkpoints = Checkpoints(
+                    settings.checkpoint_dir, self._parts, keep=settings.keep_checkpoints, is_async=settings.async_checkpoints,
+                    is_resumed=resumed is not None,
+                )  # fmt: skip
+                run_folder = RunFolder(
+                    settings.checkpoint_dir, options, after_step=None if resumed is None else resumed.step, tensorboard=settings.tensorboard
+                )
+            # From here on nothing is left to refuse, so the model may change.
+            is_new, self._module, self.tokenizer, self.history_ = self._module is None, module, data.tokenizer, []
+            self.config = module.config = config
+            if is_new:
+                self._say_what_runs_as_auto()
+            if resumed is not None:
+                module.load_state_dict(resumed.weights)
+            _LOG.info("training %s parameters on %s tokens", f"{module.num_parameters():,}", f"{data.train_tokens:,}")
+            is_over = False
+            try:
+                train(
+                    module, data.dataset, settings, val_examples=val_examples, run=run_folder, history=self.history_, resumed=resumed,
+                    save=None if settings.checkpoint_dir is None else checkpoints.save if is_main else _not_main,
+                    sample=None if run_folder is None else lambda step: run_folder.add_sample(step, self._sampled(settings)),
+                )  # fmt: skip
+                is_over = True
+            finally:
+                if run_folder is not None:
+                    described = {**options["data"], "train_tokens": data.train_tokens, "train_bytes": data.train_bytes}
+                    name, size = run_folder.path.resolve().name, module.num_parameters()
+                    try:
+                        checkpoints.wait()
+                    finally:
+                        card = model_card(name, size, options["model"], options["train"], described, run_folder.rows)
+                        with contextlib.nullcontext() if is_over else logged_alone():  # what ended the run is the error to see
+                            run_folder.close(card)
         return self
 
     def _resumed(self, settings: TrainConfig, config: ModelConfig, module: nn.Module, examples: Examples) -> Snapshot | None:
@@ -213,7 +220,13 @@ class psannLM:
         if resumed is None:
             return None
         weights = dict(resumed.weights)
-        _check_weights(config, weights)
+        try:
+            _check_weights(config, weights)
+        except ValueError as error:
+            raise ValueError(
+                f"resume: the model is not that of the run to continue ({error}); give the same model options, or start anew with "
+                "resume=None in another checkpoint_dir"
+            ) from error
         check_resumable(resumed, module)
         check_same_run(resumed.state, settings, examples)
         return dataclasses.replace(resumed, weights=weights)

@@ -95,6 +95,11 @@ class Checkpoints:
             _remove(old)
 
 
+def newest_step(folder: str | Path) -> int | None:
+    """The step of the newest finished checkpoint of a run folder, unread; None if there is none."""
+    return next((int(place.name.partition("-")[2]) for place in _steps(Path(folder)) if (place / checkpoint.MANIFEST).exists()), None)
+
+
 def newest(folder: str | Path) -> Snapshot | None:
     """The newest snapshot of a run folder that is whole, or None if there never was one; the log names the ones passed over.
 

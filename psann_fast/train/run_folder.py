@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import logging
 import os
 from pathlib import Path
-from typing import Any, Iterable, Mapping
+from typing import Any, Iterable, Iterator, Mapping
 
 import yaml
 
 from .plots import plot_run
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+
+_LOG = logging.getLogger("psann_fast")
 
 COLUMNS = (
     "step", "epoch", "loss", "val_loss", "lr", "grad_norm", "skipped_steps", "tokens", "tokens_per_second", "mfu", "seconds",
@@ -27,7 +36,7 @@ class RunFolder:
                  will be made again, are kept in renamed files
     tensorboard  write the rows for TensorBoard too, into the folder tensorboard
 
-    Raises OSError; ModuleNotFoundError if tensorboard is wanted and not installed.
+    Raises OSError, naming what could not be written; ModuleNotFoundError if tensorboard is wanted and not installed.
     """
 
     def __init__(
@@ -35,8 +44,13 @@ class RunFolder:
     ) -> None:
         self.path = Path(path)
         writer_class = _tensorboard() if tensorboard else None
-        self.path.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, Any]] = []
+        with _explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._open(configuration, after_step)
+        self._board = None if writer_class is None else writer_class(str(self.path / "tensorboard"), purge_step=after_step)
+
+    def _open(self, configuration: Mapping[str, Any], after_step: int | None) -> None:
         if after_step is None:
             set_aside(self.path, HELD)
         else:
@@ -50,12 +64,12 @@ class RunFolder:
             self._csv.writeheader()
         for row in self.rows if is_new else ():
             self._write(row)
-        self._board = None if writer_class is None else writer_class(str(self.path / "tensorboard"), purge_step=after_step)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append one row and flush it, so that a reader sees it at once."""
         self.rows.append(dict(row))
-        self._write(row)
+        with _explained(self.path / "metrics.csv"):
+            self._write(row)
         if self._board is not None:
             for name in COLUMNS[2:]:
                 if row.get(name) is not None:
@@ -63,19 +77,21 @@ class RunFolder:
 
     def add_sample(self, step: int, text: str) -> None:
         """Append what the model wrote after a step."""
-        with open(self.path / "samples.txt", "a", encoding="utf-8") as file:
+        path = self.path / "samples.txt"
+        with _explained(path), open(path, "a", encoding="utf-8") as file:
             file.write(f"--- step {step}\n{text}\n\n")
 
     def close(self, card: str | None = None) -> None:
         """Draw the plot; write the model card, if one is given."""
-        self._csv_file.close()
-        self._json_file.close()
-        if self._board is not None:
-            self._board.close()
-        if self.rows:
-            plot_run(self.rows, self.path / "loss.png")
-        if card is not None:
-            (self.path / "README.md").write_text(card, encoding="utf-8")
+        with _explained(self.path):
+            self._csv_file.close()
+            self._json_file.close()
+            if self._board is not None:
+                self._board.close()
+            if self.rows:
+                plot_run(self.rows, self.path / "loss.png")
+            if card is not None:
+                (self.path / "README.md").write_text(card, encoding="utf-8")
 
     def _write(self, row: Mapping[str, Any]) -> None:
         self._csv.writerow({name: row.get(name, "") for name in COLUMNS})
@@ -95,6 +111,55 @@ class RunFolder:
         if path.exists() and path.read_text(encoding="utf-8") != text:
             set_aside(self.path, (path.name,))
         path.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def one_run(path: str | Path) -> Iterator[None]:
+    """Keeps other runs, of any process, out of a run folder, which is made if need be. Raises OSError where one is in it.
+
+    The system lets go of the folder with the process, however that ends. Where it knows no such hold (Windows, some network
+    folders), nothing is kept out.
+    """
+    path = Path(path)
+    with _explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                error.errno, f"a run is going on in {path}; wait for its end, or train into another folder (checkpoint_dir, --out)"
+            ) from None
+        except OSError as error:
+            _LOG.debug("%s cannot be held for one run alone: %s", path, error)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def logged_alone() -> Iterator[None]:
+    """Around what must not hide an error that came before: its own is logged."""
+    try:
+        yield
+    except OSError as error:
+        _LOG.warning("%s", error)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Around writing into a run folder: an OSError says which file, and what stays."""
+    try:
+        yield
+    except OSError as error:
+        named = error.filename if error.filename is not None else path
+        raise OSError(
+            error.errno, f"cannot write {named}: {error.strerror or error}; checkpoints that were saved before stay whole"
+        ) from error
 
 
 def read_metrics(folder: str | Path) -> tuple[list[dict[str, Any]], bool]:

@@ -291,7 +291,11 @@ class _Training:
 
     def _end_early(self, signal: Interrupted) -> None:
         """Save the last finished step, then end as the signal wants it."""
-        if self.save is not None and self.at.step > max(self.saved_step, 0):
+        if self.save is None or self.at.step == 0:
+            _LOG.warning("%s: nothing was saved", signal)
+        elif self.at.step == self.saved_step:
+            _LOG.warning("%s: saved after step %d of %d", signal, self.at.step, self.plan.total_steps)
+        else:
             try:
                 self._save_last()
                 _LOG.warning("%s: saved after step %d of %d", signal, self.at.step, self.plan.total_steps)
@@ -346,7 +350,10 @@ class _Training:
         snapshot.set_random_state(random, self.device)
         self.at = Position(resumed.step, state["tokens"], state["seconds"], random, state["pending"])
         self.saved_step = resumed.step
-        _LOG.info("continuing after step %d of %d", resumed.step, self.plan.total_steps)
+        if resumed.step > self.plan.total_steps:
+            _LOG.warning("the run has gone %d steps already, and is to have %d", resumed.step, self.plan.total_steps)
+        else:
+            _LOG.info("continuing after step %d of %d", resumed.step, self.plan.total_steps)
 
 
 def check_same_run(state: Mapping[str, Any], config: TrainConfig, examples: Examples) -> None:
