@@ -157,6 +157,10 @@ def with_tokenizer(content: bytes):
     return lambda folder: replaced(folder, "psann_tokenizer.json", content)
 
 
+def described(**options) -> bytes:
+    return json.dumps({"format": "psann-fast tokenizer", "version": 1, **options}).encode()
+
+
 def with_entry(**changes):
     def change(folder: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -218,7 +222,9 @@ MODELS = {
     "offsets outside the file": with_weights(safetensors(one([1 << 30], [0, 1 << 32]), bytes(4))),
     "offsets that go back": with_weights(safetensors(one([1], [4, 0]), bytes(4))),
     "an unknown dtype": with_weights(safetensors(one([1], [0, 4], "OBJECT"), bytes(4))),
-    "a name twice": with_weights(safetensors(b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"x":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', bytes(8))),
+    "a name twice": with_weights(
+        safetensors(b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"x":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', bytes(8))
+    ),
     "tensors that overlap": with_weights(
         safetensors({n: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for n in ("x", "y")}, bytes(8))
     ),
@@ -236,9 +242,9 @@ MODELS = {
     "a number of 10,000 digits": with_config(b'{"model": {"d_model": ' + b"9" * 10_000 + b"}}"),
     "a configuration of brackets": with_config(b"[" * 500_000),
     "a configuration of 50 MB": with_config(b'{"model": "' + b"x" * (50 << 20) + b'"}'),
-    "a tokenizer of 10^9 ids": with_tokenizer(b'{"format": "psann-fast tokenizer", "version": 1, "name": "simple", "vocab_size": 1000000000, "pad_id": 0, "eos_id": 1, "characters": ""}'),
-    "a tokenizer that names a module": with_tokenizer(b'{"format": "psann-fast tokenizer", "version": 1, "name": "os"}'),
-    "a tokenizer that names a path": with_tokenizer(b'{"format": "psann-fast tokenizer", "version": 1, "name": "tokenizers", "file": "/etc/passwd"}'),
+    "a tokenizer of 10^9 ids": with_tokenizer(described(name="simple", vocab_size=10**9, pad_id=0, eos_id=1, characters="")),
+    "a tokenizer that names a module": with_tokenizer(described(name="os")),
+    "a tokenizer that names a path": with_tokenizer(described(name="tokenizers", file="/etc/passwd")),
     "a tokenizer of 100 MB": with_tokenizer(bytes(100 << 20)),
     "a path out of the folder": with_entry(file="../../../etc/passwd"),
     "a path from the root": with_entry(file="/etc/passwd"),
@@ -416,13 +422,17 @@ def with_json(**options):
     return change
 
 
+def with_weight_map(files):
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files})) and None
+
+
 EXPORTED = {
     "two million layers": with_json(num_hidden_layers=2_000_000),
     "a width of 2^50": with_json(hidden_size=1 << 50),
     "sines in a list": with_json(sine=[1]),
     "dilations of text": with_json(wave_dilations="x" * 100_000),
-    "an index that leaves the folder": lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../y"}}') and None,
-    "an index of numbers": lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": [1, 2]}') and None,
+    "an index that leaves the folder": with_weight_map({"x": "../y"}),
+    "an index of numbers": with_weight_map([1, 2]),
     "a pickle instead of weights": lambda folder: (
         (folder / "model.safetensors").unlink(), (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Harm(folder / "witness")))
     ) and None,
@@ -469,7 +479,9 @@ def laughs(depth: int, names: str = "") -> str:
 YAML = {
     "a tag that calls": "train: !!python/object/apply:os.system ['touch witness']",
     "a tag that makes an object": "model: !!python/object:psann_fast.psannLM {}",
-    "aliases of aliases in an option": laughs(7, "seed tokenizer max_length val_split pack_sequences tokenizer_model_path tokenizer_vocab_size"),
+    "aliases of aliases in an option": laughs(
+        7, "seed tokenizer max_length val_split pack_sequences tokenizer_model_path tokenizer_vocab_size"
+    ),
     "aliases of aliases": laughs(12),
     "an alias of itself": "train: &a [*a]",
     "an option that holds itself": "train:\n  lr: &a [*a]",
