@@ -174,6 +174,28 @@ def test_header_names_in_any_case_and_schemes_too():
             assert call(address, "/v1/models", headers={"Authorization": wrong})[0] == 401, wrong
 
 
+@pytest.mark.parametrize("options, message", [
+    (dict(port=99999), "port is 99999; it must be from 0 to 65535"),
+    (dict(drain_seconds=float("nan")), "drain_seconds is nan"),
+    (dict(drain_seconds=-1.0), "drain_seconds is -1.0; it must be a number of seconds, at least 0"),
+    (dict(port=None), "cannot listen on 127.0.0.1, port .*: Address already in use"),
+    (dict(host="no.such.host.invalid"), "cannot listen on no.such.host.invalid, port"),
+])  # fmt: skip
+def test_an_address_that_cannot_be_served_is_named_before_it_is_announced(options, message, caplog):
+    from psann_fast import psannLM
+    from psann_fast.generate.server.run import serve
+
+    model = psannLM(d_model=16, n_layers=1, n_heads=2, vocab_size=TOKENIZER.vocab_size, device="cpu")
+    model.tokenizer = TOKENIZER
+    with socket.create_server(("127.0.0.1", 0)) as taken, caplog.at_level("INFO"):
+        given = {"cache_tokens": 64, "port": 0, **options}
+        if given["port"] is None:
+            given["port"] = taken.getsockname()[1]
+        with pytest.raises((ValueError, OSError), match=message):
+            serve(model, "small", **given)
+    assert "serving" not in caplog.text
+
+
 def test_a_stop_string_across_chunks_is_never_shown(served):
     whole = complete(served[1], prompt="hello", max_tokens=40, temperature=0)["choices"][0]["text"]
     stop = whole[10:20]
