@@ -47,7 +47,7 @@ def documents(files: Sequence[Path], *, field: str = "text", by_line: bool = Fal
         elif file.suffix == ".parquet":
             yield from map(_one, _parquet_rows(file, field))
         elif by_line:
-            yield from map(_one, (line.rstrip("\n") for line in _lines(file)))
+            yield from _line_chunks(file)
         else:
             yield _chunks(file)
 
@@ -74,6 +74,33 @@ def _chunks(file: Path) -> Iterator[str]:
                 yield text
             if not content:
                 return
+
+
+def _line_chunks(file: Path) -> Iterator[Iterator[str]]:
+    """Each line as its chunks, without the line end; a line of any length takes no more memory than a chunk."""
+    source = _chunks(file)
+    text, place = "", 0
+
+    def line() -> Iterator[str]:
+        nonlocal text, place
+        while True:
+            end = text.find("\n", place)
+            piece = text[place:] if end < 0 else text[place:end]
+            text, place = ("", 0) if end < 0 else (text, end + 1)
+            if piece:
+                yield piece
+            if end >= 0:
+                return
+            text = next(source, "")
+            if not text:
+                return
+
+    while True:
+        if place == len(text):
+            text, place = next(source, ""), 0
+            if not text:
+                return
+        yield line()
 
 
 def _lines(file: Path) -> Iterator[str]:

@@ -75,6 +75,15 @@ def test_every_kind_of_file(tmp_path):
     assert read("c.parquet", field="body") == ["from parquet", "row two"]
 
 
+def test_lines_are_read_chunk_by_chunk(tmp_path, monkeypatch):
+    monkeypatch.setattr("psann_fast.data.corpora.CHUNK_BYTES", 7)
+    for text in ("", "a", "a\n", "\n", "\n\nb", "a\n\n", "long enough for chunks\nshort\n" * 3, "1234567\n1234567\n", "\u00e9\n" * 9, "x" * 50):
+        (tmp_path / "a.txt").write_text(text)
+        found = [list(document) for document in documents([tmp_path / "a.txt"], by_line=True)]
+        assert ["".join(document) for document in found] == text.removesuffix("\n").split("\n") if text else found == []
+        assert all(len(chunk) <= 7 for document in found for chunk in document)
+
+
 def test_a_split_keeps_equal_documents_together(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS * 3)
     known = train_tokenizer("simple", TEXTS)
