@@ -65,14 +65,14 @@ def serve(
         engine, model.tokenizer, name, limits=limits, max_waiting=max_waiting, api_key=api_key, template=template,
         drain_seconds=drain_seconds,
     )  # fmt: skip
+    config = uvicorn.Config(
+        server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=math.ceil(drain_seconds), server_header=False
+    )
     with _listen(host, port) as listener:
-        port = listener.getsockname()[1]
+        address = f"http://{host}:{listener.getsockname()[1]}"
         if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
-            _LOG.warning("serving %s without an API key: whoever reaches port %d can use the model; pass --api-key-file", host, port)
-        _LOG.info("serving %s on http://%s:%d (a cache of %s tokens); try it in a browser at /", name, host, port, f"{cache_tokens:,}")
-        config = uvicorn.Config(
-            server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=math.ceil(drain_seconds), server_header=False
-        )
+            _LOG.warning("%s asks for no API key: whoever reaches it can use the model; pass --api-key-file", address)
+        _LOG.info("serving %s on %s (a cache of %s tokens); try it in a browser at /", name, address, f"{cache_tokens:,}")
         uvicorn.Server(config).run(sockets=[listener])
 
 
