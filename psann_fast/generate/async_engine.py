@@ -88,7 +88,10 @@ class AsyncEngine:
         await self.close()
 
     def submit(self, requests: Sequence[Request]) -> Stream:
-        """Queue requests that belong together. Raises ValueError as Engine.check, QueueFull, EngineClosed."""
+        """Queue requests that belong together.
+
+        Raises ValueError as Engine.check, or for more requests than may ever run and wait at once; QueueFull; EngineClosed.
+        """
         if self.failure is not None:
             raise EngineClosed(f"a step failed: {self.failure}") from self.failure
         if self._is_closing:
@@ -96,6 +99,8 @@ class AsyncEngine:
         for request in requests:
             self.engine.check(request)
         most = self.engine.scheduler.max_rows + self.max_waiting
+        if len(requests) > most:
+            raise ValueError(f"{len(requests)} texts are asked for at once, and at most {most} run or wait here; ask for fewer")
         if self.outstanding + len(requests) > most:
             raise QueueFull(
                 f"{self.outstanding} requests run or wait, and {len(requests)} more exceed the {most} that may; try later"

@@ -99,6 +99,13 @@ def test_offsets_count_what_stands_for_broken_characters():
     assert choice.completion(None)["logprobs"]["text_offset"] == [0, 1, 2, 2, 3]
 
 
+def test_more_texts_than_the_queue_ever_holds_are_refused_for_good():
+    """A 429 would have them come back for ever."""
+    with running(small_server(max_rows=2, max_waiting=1)) as address:
+        assert "4 texts are asked for at once, and at most 3 run or wait here" in refusal(address, dict(prompt="x", n=4))["message"]
+        assert len(complete(address, prompt="x", n=3, max_tokens=2)["choices"]) == 3
+
+
 def test_an_empty_prompt_begins_a_document(served):
     (choice,) = complete(served[1], prompt="", max_tokens=3, temperature=0, logprobs=1, echo=True)["choices"]
     assert len(choice["logprobs"]["tokens"]) == 3 and choice["logprobs"]["text_offset"] == [0, 1, 2]
