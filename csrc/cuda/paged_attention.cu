@@ -17,7 +17,13 @@ struct Shape {
 };
 
 __device__ inline Shape shape_of(const PagedAttention& a, int64_t b) {
-    return {a.cu_seqlens_q[b], a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b], a.seq_lens[b]};
+    return {a.cu_seqlens_q[b], static_cast<int64_t>(a.cu_seqlens_q[b + 1]) - a.cu_seqlens_q[b], a.seq_lens[b]};
+}
+
+// What checks.cpp refuses on a CPU and the host cannot see here: nothing of such a sequence is read, and its rows become NaN.
+__device__ inline bool is_readable(const PagedAttention& a, const Shape& s, int64_t max_tokens) {
+    return s.length >= 0 && s.length <= a.max_blocks * a.block_size && (s.length == 0 || s.tokens <= s.length) &&
+           (s.tokens <= max_tokens || s.length == 0) && (a.rotary.cos == nullptr || s.length <= a.max_position);
 }
 
 // Feature d of query row `q` rotated for `position`.
@@ -37,9 +43,9 @@ template <class T> __global__ void __launch_bounds__(THREADS) attend(PagedAttent
     int64_t split = blockIdx.x, kv_head = blockIdx.y, b = blockIdx.z, group = a.heads / a.kv_heads;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Shape s = shape_of(a, b);
-    if (s.tokens <= 0 || s.length == 0 || split * SPLIT >= s.length) return;
+    if (s.tokens <= 0 || split * SPLIT >= s.length || !is_readable(a, s, max_tokens)) return;
     const int32_t* table = a.block_table + b * a.table_stride;
-    for (int64_t row = 0; row < min(s.tokens, max_tokens) * group; row++) {
+    for (int64_t row = 0; row < s.tokens * group; row++) {
         int64_t token = divide(row, group), position = s.length - s.tokens + token, head = kv_head * group + row - token * group;
         const T* q_row = static_cast<const T*>(a.q) + (s.first_row + token) * a.q_stride + head * a.q_head_stride;
         float q[MAX_LANE_FEATURES], o[MAX_LANE_FEATURES] = {}, largest = -INFINITY, sum = 0;
@@ -49,6 +55,10 @@ template <class T> __global__ void __launch_bounds__(THREADS) attend(PagedAttent
         float slope = a.alibi_slopes == nullptr ? 0.0f : a.alibi_slopes[head];
         for (int64_t key = begin + warp; key < end; key += WARPS) {
             int64_t page = divide(key, a.block_size), block = table[page], slot = key - page * a.block_size;
+            if (block < 0 || block >= a.num_blocks) {
+                largest = sum = NAN;  // no such block; the row must not look right
+                break;
+            }
             const T* k = static_cast<const T*>(a.k_cache.data) + block * a.k_cache.block_stride + slot * a.k_cache.slot_stride + kv_head * a.k_cache.head_stride;
             const T* v = static_cast<const T*>(a.v_cache.data) + block * a.v_cache.block_stride + slot * a.v_cache.slot_stride + kv_head * a.v_cache.head_stride;
             float score = 0;
@@ -88,11 +98,19 @@ template <class T> __global__ void __launch_bounds__(THREADS) merge(PagedAttenti
     int64_t kv_head = blockIdx.x, b = blockIdx.y, group = a.heads / a.kv_heads;
     Shape s = shape_of(a, b);
     int64_t used = min(splits, (s.length + SPLIT - 1) / SPLIT), width = a.head_dim + 2;
+    bool readable = is_readable(a, s, max_tokens);
+    if (b == a.sequences - 1) {
+        // Rows of q that belong to no sequence.
+        int64_t unused = a.rows - a.cu_seqlens_q[a.sequences], features = group * a.head_dim;
+        for (int64_t i = threadIdx.x; i < unused * features; i += THREADS) {
+            int64_t row = divide(i, features);
+            static_cast<T*>(a.o)[((a.cu_seqlens_q[a.sequences] + row) * a.kv_heads + kv_head) * features + i - row * features] = narrow<T>(0.0f);
+        }
+    }
     for (int64_t i = threadIdx.x; i < s.tokens * group * a.head_dim; i += THREADS) {
         int64_t row = divide(i, a.head_dim), d = i - row * a.head_dim, token = divide(row, group);
         T* o = static_cast<T*>(a.o) + ((s.first_row + token) * a.heads + kv_head * group + row - token * group) * a.head_dim + d;
-        if (row >= max_tokens * group) {
-            // The host cannot see that a sequence has more new tokens than there is room for; its rows must not look right.
+        if (!readable) {
             *o = narrow<T>(NAN);
             continue;
         }
@@ -110,10 +128,15 @@ template <class T> __global__ void __launch_bounds__(THREADS) merge(PagedAttenti
     }
 }
 
-int64_t splits_of(int64_t max_length) { return ceil_div(max_length, SPLIT); }
+// A grid has no size of 0.
+int64_t splits_of(int64_t max_length) { return max(int64_t{1}, ceil_div(max_length, SPLIT)); }
 
 template <class T> void launch(const PagedAttention& a, int64_t max_tokens, int64_t max_length, float* partial, cudaStream_t stream) {
     int64_t splits = splits_of(max_length);
+    if (a.sequences == 0) {
+        (void)cudaMemsetAsync(a.o, 0, static_cast<size_t>(a.rows * a.heads * a.head_dim) * sizeof(T), stream);
+        return;
+    }
     dim3 pieces(static_cast<unsigned>(splits), static_cast<unsigned>(a.kv_heads), static_cast<unsigned>(a.sequences));
     attend<T><<<pieces, THREADS, sizeof(float) * WARPS * static_cast<size_t>(a.head_dim + 2), stream>>>(a, max_tokens, splits, partial);
     merge<T><<<dim3(static_cast<unsigned>(a.kv_heads), static_cast<unsigned>(a.sequences)), THREADS, 0, stream>>>(a, max_tokens, splits, partial);
