@@ -26,8 +26,10 @@ template <class T> static bool is_streamed(const T* p, int64_t count) {
 
 using Tile = Features<TILE>;
 
-// Rows that go through each step together, so that one's latency is hidden behind the others.
-constexpr int ROWS = 4, BACKWARD_ROWS = 2;
+// Rows that go through each step together, so that a constant is fetched once for both; more would leave the registers.
+constexpr int ROWS = 2, BACKWARD_ROWS = 2;
+// Of a piece of forward: what a tile's constants cost is that of two rows.
+constexpr int64_t PIECE_ROWS = 96;
 
 // What the short way does not serve: a part of a vector, or a lane that needs care.
 template <class T, int MODE> static __attribute__((noinline)) void forward_carefully(const Tile& t, int64_t c, int64_t lanes, const T* z, T* y) {
@@ -69,15 +71,15 @@ static int64_t tile_of(int64_t row_pieces, int64_t features, int threads) {
 }
 
 template <class T, int MODE> static void forward(const DampedSineForward& a) {
-    int64_t piece_rows = 32, row_pieces = (a.rows + piece_rows - 1) / piece_rows;
+    int64_t row_pieces = (a.rows + PIECE_ROWS - 1) / PIECE_ROWS;
     int64_t tile = tile_of(row_pieces, a.features, a.threads), tiles = (a.features + tile - 1) / tile;
     const T* z = static_cast<const T*>(a.z);
     T* y = static_cast<T*>(a.y);
     expect_writes(y, static_cast<size_t>(a.rows * a.features) * sizeof(T));
     bool streams = is_streamed(y, a.rows * a.features) && a.features % WIDTH == 0;
     parallel(a.rows * a.features < GRAIN ? 1 : a.threads, row_pieces * tiles, [&](int64_t piece) {
-        int64_t row = piece / tiles * piece_rows, column = piece % tiles * tile;
-        int64_t rows = a.rows - row < piece_rows ? a.rows - row : piece_rows;
+        int64_t row = piece / tiles * PIECE_ROWS, column = piece % tiles * tile;
+        int64_t rows = a.rows - row < PIECE_ROWS ? a.rows - row : PIECE_ROWS;
         int64_t columns = a.features - column < tile ? a.features - column : tile;
         Tile t;
         t.fill(a.amplitude + column, a.frequency + column, a.damping + column, columns);

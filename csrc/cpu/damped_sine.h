@@ -24,10 +24,13 @@ template <int MODE, class Tile> static __attribute__((noinline)) Float careful_f
 
 // True where the short way serves all of R vectors of the features c to c + WIDTH.
 template <int R, class Tile> INLINE bool near(const Tile& t, int64_t c, const Float (&z)[R]) {
-    Float limit = load(t.near + c);
-    Int below = abs(z[0]) < limit;
-    EACH(R) below &= abs(z[i]) < limit;
-    return __builtin_expect(every(below), 1);
+    // As integers, which puts NaN above every number.
+    Int largest = (Int)abs(z[0]);
+    for (int i = 1; i < R; i++) {
+        Int magnitude = (Int)abs(z[i]);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return __builtin_expect(every(largest < (Int)load(t.near + c)), 1);
 }
 
 // factor * 2^x, x what the damping does to z.
@@ -45,6 +48,12 @@ template <int MODE, bool IS_SHORT, int R, class Tile> INLINE void envelopes(cons
 
 // y of R vectors z, all of the features c to c + WIDTH of the tile.
 template <int MODE, bool IS_SHORT, int R, class Tile> INLINE void forward_vectors(const Tile& t, int64_t c, const Float (&z)[R], Float (&y)[R]) {
+    if constexpr (HAS_FMA && IS_SHORT && MODE != NONE) {
+        Float g[R];
+        EACH(R) g[i] = damped_by<MODE>(z[i]);
+        damped(z, g, load(t.high + c), load(t.low + c), load(t.exponent + c), load(t.amplitude + c), y);
+        return;
+    }
     Float amplitude[R], e[R], r[R];
     Int flip[R];
     EACH(R) amplitude[i] = load(t.amplitude + c);

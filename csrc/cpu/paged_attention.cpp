@@ -109,51 +109,87 @@ template <class T> void find_tile(const PagedAttention& a, int64_t sequence, con
     }
 }
 
-template <class T> INLINE void fetch(const T* p, int64_t head_dim) {
-    for (int64_t d = 0; d < head_dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + d, 0, 2);
-}
+// Fetches the rows of a tile's keys (or values) line by line, in the order of memory.
+template <class T> struct Ahead {
+    const T* const* places;
+    int64_t keys, heads, head_stride, bytes;  // bytes: that lie side by side, of one head or of all
+    int64_t key, head;
+    const char *line = nullptr, *end = nullptr;
 
-// Fetches the heads of a tile's keys (or values) in the order of memory, from the `from`-th to before the `to`-th.
-template <class T> INLINE void fetch_heads(const T* const* places, int64_t keys, int64_t heads, int64_t head_stride, int64_t head_dim, int64_t from, int64_t to) {
-    int64_t key = from / heads, head = from % heads;
-    for (; from < to && key < keys; from++) {
-        fetch(places[key] + head * head_stride, head_dim);
-        if (++head == heads) head = 0, key++;
+    INLINE_LAMBDA Ahead(const T* const* p, int64_t count, int64_t all_heads, int64_t stride, int64_t head_dim) {
+        bool together = stride == head_dim;
+        places = p, keys = count, heads = together ? 1 : all_heads, head_stride = stride;
+        bytes = head_dim * (together ? all_heads : 1) * static_cast<int64_t>(sizeof(T));
+        key = head = 0;
+        if (keys > 0) enter();
     }
-}
+    INLINE_LAMBDA void enter() {
+        line = reinterpret_cast<const char*>(places[key] + head * head_stride);
+        end = line + bytes;
+    }
+    INLINE_LAMBDA void fetch(int64_t lines) {
+        for (; lines > 0 && key < keys; lines--) {
+            __builtin_prefetch(line, 0, 2);
+            line += 64;
+            if (line < end) continue;
+            if (++head == heads) head = 0, key++;
+            if (key < keys) enter();
+        }
+    }
+};
 
 // Scores of R rows with K keys.
 template <int R, int K, class T> INLINE void score(const float* q, int64_t stride, const T* const* keys, int64_t offset, int64_t head_dim, float* out) {
     Float sums[R][K] = {};
     const T* k[K];
     UNROLL for (int i = 0; i < K; i++) k[i] = keys[i] + offset;
-    auto add = [&](int64_t d, int i, const Float (&x)[2]) INLINE_LAMBDA {
-        UNROLL for (int r = 0; r < R; r++) {
-            sums[r][i] = fma(load(q + r * stride + d), x[0], sums[r][i]);
-            sums[r][i] = fma(load(q + r * stride + d + WIDTH), x[1], sums[r][i]);
+    // Keys whose features stand in registers at once; with many rows what is loaded of a row serves two of them.
+    constexpr int TOGETHER = R == 4 ? 2 : 1;
+    auto add = [&](int64_t d, int64_t count) INLINE_LAMBDA {
+        UNROLL for (int i = 0; i < K; i += TOGETHER) {
+            Float x[TOGETHER][2];
+            UNROLL for (int j = 0; j < TOGETHER; j++) {
+                if (count == 2 * WIDTH) load_pair(k[i + j] + d, x[j]);
+                else load_pair(k[i + j] + d, count, x[j]);
+            }
+            UNROLL for (int r = 0; r < R; r++) {
+                UNROLL for (int half = 0; half < 2; half++) {
+                    Float own = load(q + r * stride + d + half * WIDTH);
+                    UNROLL for (int j = 0; j < TOGETHER; j++) sums[r][i + j] = fma(own, x[j][half], sums[r][i + j]);
+                }
+            }
         }
     };
     int64_t d = 0;
-    Float x[2];
-    for (; d + 2 * WIDTH <= head_dim; d += 2 * WIDTH)
-        UNROLL for (int i = 0; i < K; i++) load_pair(k[i] + d, x), add(d, i, x);
-    if (d < head_dim)
-        UNROLL for (int i = 0; i < K; i++) load_pair(k[i] + d, head_dim - d, x), add(d, i, x);
-    UNROLL for (int r = 0; r < R; r++) {
-        if constexpr (K % 4 == 0)
-            UNROLL for (int i = 0; i < K; i += 4) sum_each({sums[r][i], sums[r][i + 1], sums[r][i + 2], sums[r][i + 3]}, out + r * TILE_KEYS + i);
-        else
+    for (; d + 2 * WIDTH <= head_dim; d += 2 * WIDTH) add(d, 2 * WIDTH);
+    if (d < head_dim) add(d, head_dim - d);
+    if constexpr (K == 4) {
+        UNROLL for (int r = 0; r < R; r++) sum_each(sums[r], out + r * TILE_KEYS);
+    } else if constexpr (K == 2 && R % 2 == 0) {
+        UNROLL for (int r = 0; r < R; r += 2) {
+            float pairs[4];
+            sum_each({sums[r][0], sums[r][1], sums[r + 1][0], sums[r + 1][1]}, pairs);
+            for (int i = 0; i < 4; i++) out[(r + i / 2) * TILE_KEYS + i % 2] = pairs[i];
+        }
+    } else {
+        UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int i = 0; i < K; i++) out[r * TILE_KEYS + i] = sum(sums[r][i]);
     }
 }
 
 // Scores of all rows of the piece with K keys, from key `key` of the tile.
-template <int K, class T> INLINE void score_all(const PagedAttention& a, const Rows& rows, const Tile<T>& tile, const Tile<T>& next, int64_t key) {
-    int64_t heads = rows.count / rows.per_head;
+template <int K, class T> INLINE void score_all(const PagedAttention& a, const Rows& rows, const Tile<T>& tile, Ahead<T>& ahead, int64_t key) {
+    int64_t heads = rows.count / rows.per_head, lines = K * a.head_dim * static_cast<int64_t>(sizeof(T)) / 64 + 1;
     for (int64_t h = 0; h < heads; h++) {
-        int64_t offset = h * a.k_cache.head_stride, first = key * heads + h * K;
-        fetch_heads(next.k, next.end - next.begin, heads, a.k_cache.head_stride, a.head_dim, first, first + K);
+        int64_t offset = h * a.k_cache.head_stride;
+        ahead.fetch(lines);
         int64_t r = h * rows.per_head, end = r + rows.per_head;
+        if constexpr (K == 4) {
+            for (; end - r >= 4; r += 4) {
+                score<4, 2>(rows.q + r * rows.stride, rows.stride, tile.k + key, offset, a.head_dim, rows.scores + r * TILE_KEYS + key);
+                score<4, 2>(rows.q + r * rows.stride, rows.stride, tile.k + key + 2, offset, a.head_dim, rows.scores + r * TILE_KEYS + key + 2);
+            }
+        }
         for (; end - r >= 2; r += 2) score<2, K>(rows.q + r * rows.stride, rows.stride, tile.k + key, offset, a.head_dim, rows.scores + r * TILE_KEYS + key);
         if (r < end) score<1, K>(rows.q + r * rows.stride, rows.stride, tile.k + key, offset, a.head_dim, rows.scores + r * TILE_KEYS + key);
     }
@@ -173,7 +209,7 @@ INLINE void renew(const Rows& rows, int64_t row, int64_t tile_begin) {
     Float highest = all(largest);
     for (int64_t key = begin; key < end; key += WIDTH) highest = max(load(s + key), highest);
     largest = maximum(highest);
-    float factor = rows.largest[row] == largest ? 1.0f : exp2f(rows.largest[row] - largest);
+    float factor = rows.largest[row] == largest ? 1.0f : exp2_product_any(all(rows.largest[row] - largest), all(1.0f))[0];
     Float total = {};
     for (int64_t key = begin; key < end; key += WIDTH) {
         Float x = load(s + key) - largest, p = exp2_product_any(x, all(1.0f));
@@ -189,7 +225,7 @@ INLINE void renew(const Rows& rows, int64_t row, int64_t tile_begin) {
 
 // Adds to R rows' outputs, from feature d on N pairs of vectors (the last of `count` elements), probabilities times the values of keys
 // first to last - 1.
-template <int R, int N, class T> INLINE void gather(const Rows& rows, int64_t row, const T* const* v, int64_t offset, int64_t d, int64_t count, int64_t first, int64_t last) {
+template <int R, int N, bool IS_WHOLE, class T> INLINE void gather(const Rows& rows, int64_t row, const T* const* v, int64_t offset, int64_t d, int64_t count, int64_t first, int64_t last) {
     float *o = rows.o + row * rows.stride + d, *p = rows.scores + row * TILE_KEYS;
     Float sums[R][N][2];
     UNROLL for (int r = 0; r < R; r++)
@@ -200,7 +236,7 @@ template <int R, int N, class T> INLINE void gather(const Rows& rows, int64_t ro
         EACH(R) weight[i] = all(p[i * TILE_KEYS + key]);
         UNROLL for (int n = 0; n < N; n++) {
             Float x[2];
-            if (count == 2 * WIDTH) load_pair(at + 2 * n * WIDTH, x);
+            if (IS_WHOLE) load_pair(at + 2 * n * WIDTH, x);
             else load_pair(at, count, x);
             UNROLL for (int r = 0; r < R; r++) EACH(2) sums[r][n][i] = fma(weight[r], x[i], sums[r][n][i]);
         }
@@ -210,10 +246,11 @@ template <int R, int N, class T> INLINE void gather(const Rows& rows, int64_t ro
 }
 
 template <int R, class T> INLINE void gather_all(const Rows& rows, int64_t row, const T* const* v, int64_t offset, int64_t head_dim, int64_t first, int64_t last) {
-    constexpr int N = R == 1 ? 4 : 2, STEP = 2 * WIDTH;
+    constexpr int N = R == 1 ? 4 : R == 2 ? 2 : 1, STEP = 2 * WIDTH;
     int64_t d = 0;
-    for (; d + N * STEP <= head_dim; d += N * STEP) gather<R, N>(rows, row, v, offset, d, STEP, first, last);
-    for (; d < head_dim; d += STEP) gather<R, 1>(rows, row, v, offset, d, smaller(STEP, head_dim - d), first, last);
+    for (; d + N * STEP <= head_dim; d += N * STEP) gather<R, N, true>(rows, row, v, offset, d, STEP, first, last);
+    for (; d + STEP <= head_dim; d += STEP) gather<R, 1, true>(rows, row, v, offset, d, STEP, first, last);
+    if (d < head_dim) gather<R, 1, false>(rows, row, v, offset, d, head_dim - d, first, last);
 }
 
 // `next` is fetched meanwhile, a little beside each piece of work: all of it at once would only be waited for.
@@ -225,20 +262,24 @@ template <class T> void attend(const PagedAttention& a, const Rows& rows, const 
     }
     // Scores of keys that a row does not see are computed too and then left out.
     int64_t key = 0;
-    for (; key + 4 <= keys; key += 4) score_all<4>(a, rows, tile, next, key);
-    for (; key < keys; key++) score_all<1>(a, rows, tile, next, key);
+    Ahead<T> k(next.k, next.end - next.begin, heads, a.k_cache.head_stride, a.head_dim);
+    for (; key + 4 <= keys; key += 4) score_all<4>(a, rows, tile, k, key);
+    for (; key < keys; key++) score_all<1>(a, rows, tile, k, key);
     for (int64_t r = 0; r < rows.count; r++)
         if (rows.first[r] < rows.last[r]) renew(rows, r, tile.begin);
+    Ahead<T> v(next.v, next.end - next.begin, heads, a.v_cache.head_stride, a.head_dim);
+    int64_t lines = GATHERED * a.head_dim * static_cast<int64_t>(sizeof(T)) / 64 + 1;
     for (int64_t begin = 0; begin < keys; begin += GATHERED) {
         for (int64_t r = 0; r < rows.count; r++) {
             int64_t offset = r / rows.per_head * a.v_cache.head_stride;
             int64_t first = larger(rows.first[r], begin), last = smaller(rows.last[r], begin + GATHERED);
-            if (r % rows.per_head == 0)
-                fetch_heads(next.v, next.end - next.begin, heads, a.v_cache.head_stride, a.head_dim, (begin + r / rows.per_head * GATHERED / heads) * heads, (begin + (r / rows.per_head + 1) * GATHERED / heads) * heads);
+            if (r % rows.per_head == 0) v.fetch(lines);
             if (first >= last) continue;
             // Only rows that see the same keys go together: a key that one of them must not see could be NaN, and 0 * NaN is NaN.
-            bool pair = (r + 1) % rows.per_head != 0 && rows.first[r + 1] == rows.first[r] && rows.last[r + 1] == rows.last[r];
-            if (pair) gather_all<2>(rows, r++, tile.v, offset, a.head_dim, first, last);
+            int64_t alike = 1, end = (r / rows.per_head + 1) * rows.per_head;
+            while (alike < 4 && r + alike < end && rows.first[r + alike] == rows.first[r] && rows.last[r + alike] == rows.last[r]) alike++;
+            if (alike == 4) gather_all<4>(rows, r, tile.v, offset, a.head_dim, first, last), r += 3;
+            else if (alike >= 2) gather_all<2>(rows, r++, tile.v, offset, a.head_dim, first, last);
             else gather_all<1>(rows, r, tile.v, offset, a.head_dim, first, last);
         }
     }

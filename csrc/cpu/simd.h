@@ -286,6 +286,21 @@ INLINE float scalar(fp16 x) {
 #endif
 }
 
+// One number, rounded as a whole vector's are.
+INLINE void put(float* p, float x) { *p = x; }
+INLINE void put(bf16* p, float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    p->bits = static_cast<uint16_t>(x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0);
+}
+INLINE void put(fp16* p, float x) {
+#if defined(__F16C__)
+    p->bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+    store(p, all(x), 1);
+#endif
+}
+
 // Past the caches: saves reading the lines that are about to be overwritten. Only for aligned p, and followed by stream_end().
 INLINE bool can_stream(const void* p, size_t vector_bytes) {
 #if defined(__AVX__)

@@ -97,6 +97,19 @@ INLINE Float exp2_product_any(Float g, Float exponent) {
     return p[0] * scale * rest;
 }
 
+// factor * 2^(g * exponent) * sin(frequency * z), to the bit what exp2_product, reduce and sine give, for what exp2_product serves. Their
+// reductions go side by side and then one polynomial after the other, so that two vectors fit the registers of AVX2.
+template <int R> INLINE void damped(const Float (&z)[R], const Float (&g)[R], Float high, Float low, Float exponent, Float factor, Float (&out)[R]) {
+    Float n[R], m[R], r[R], f[R], u[R], p[R], e[R];
+    EACH(R) n[i] = fma(z[i], high, all(ROUNDER)), m[i] = fma(g[i], exponent, all(ROUNDER));
+    EACH(R) r[i] = fma(z[i], high, -(n[i] - ROUNDER)), f[i] = fma(g[i], exponent, -(m[i] - ROUNDER));
+    EACH(R) r[i] = fma(z[i], low, r[i]), u[i] = r[i] * r[i];
+    horner(EXP2, f, e);
+    EACH(R) e[i] = (Float)((Int)e[i] + ((Int)m[i] << 23)) * factor;
+    horner(SINE, u, p);
+    EACH(R) out[i] = (Float)((Int)(r[i] * p[i]) ^ ((Int)n[i] << 31)) * e[i];
+}
+
 template <int MODE> INLINE Float damped_by(Float z) {
     if constexpr (MODE == ABS) return abs(z);
     if constexpr (MODE == RELU) return z > 0 ? z : Float{};

@@ -54,24 +54,36 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
-    if x.dim() == 0 or not x.is_floating_point():
-        raise ValueError(f"linear: x has shape {tuple(x.shape)} and dtype {x.dtype}; it must be floating point, (..., K)")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+    # A call of a small layer takes tens of microseconds: what is absent is not looked at.
+    dtype, other, shape = x.dtype, weight.dtype, weight.shape
+    if not dtype.is_floating_point or x.dim() == 0:
+        raise ValueError(f"linear: x has shape {tuple(x.shape)} and dtype {dtype}; it must be floating point, (..., K)")
+    if len(shape) != 2 or shape[1] != x.shape[-1]:
         raise ValueError(
-            f"linear: weight has shape {tuple(weight.shape)}, but x has {x.shape[-1]} inputs (x is {tuple(x.shape)}); pass (N, {x.shape[-1]})"
+            f"linear: weight has shape {tuple(shape)}, but x has {x.shape[-1]} inputs (x is {tuple(x.shape)}); pass (N, {x.shape[-1]})"
         )
-    if weight.dtype not in (*WEIGHT_DTYPES, x.dtype):
-        raise ValueError(f"linear: weight is {weight.dtype}; it must be {', '.join(map(str, WEIGHT_DTYPES))} or x's {x.dtype}")
-    if (scale is None) == (weight.dtype == torch.int8):
+    if other != dtype and other not in WEIGHT_DTYPES:
+        raise ValueError(f"linear: weight is {other}; it must be {', '.join(map(str, WEIGHT_DTYPES))} or x's {dtype}")
+    if (scale is None) == (other == torch.int8):
         raise ValueError(
-            f"linear: weight is {weight.dtype} and scale is {'missing' if scale is None else 'given'}; an int8 weight has one scale "
-            f"per row, shape ({weight.shape[0]},), and no other weight has any"
+            f"linear: weight is {other} and scale is {'missing' if scale is None else 'given'}; an int8 weight has one scale "
+            f"per row, shape ({shape[0]},), and no other weight has any"
         )
-    for name, t, dtypes in (("scale", scale, (torch.float32,)), ("bias", bias, (torch.float32, x.dtype))):
-        if t is not None and (t.shape != weight.shape[:1] or t.dtype not in dtypes):
-            raise ValueError(
-                f"linear: {name} is {t.dtype} {tuple(t.shape)}; pass {' or '.join(map(str, dtypes))} ({weight.shape[0]},), one per output"
-            )
-    for name, t in (("weight", weight), ("scale", scale), ("bias", bias)):
-        if t is not None and t.device != x.device:
-            raise ValueError(f"linear: {name} is on {t.device} and x on {x.device}; put them on one device")
+    _check_device("weight", weight, x)
+    if scale is not None:
+        _check_vector("scale", scale, x, shape[0], (torch.float32,))
+    if bias is not None:
+        _check_vector("bias", bias, x, shape[0], (torch.float32, dtype))
+
+
+def _check_vector(name: str, t: Tensor, x: Tensor, outputs: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    if t.shape != (outputs,) or t.dtype not in dtypes:
+        raise ValueError(
+            f"linear: {name} is {t.dtype} {tuple(t.shape)}; pass {' or '.join(map(str, dtypes))} ({outputs},), one per output"
+        )
+    _check_device(name, t, x)
+
+
+def _check_device(name: str, t: Tensor, x: Tensor) -> None:
+    if t.device != x.device:
+        raise ValueError(f"linear: {name} is on {t.device} and x on {x.device}; put them on one device")

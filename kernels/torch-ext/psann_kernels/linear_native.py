@@ -67,7 +67,8 @@ _call = shortcut(linear_native, _forward, _differentiate, _setup_context)
 
 
 def refuses(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None) -> str | None:
-    rows = x.shape[:-1].numel()
+    # Two dimensions are the usual case, and cost a decoding step least.
+    rows = x.shape[0] if x.dim() == 2 else x.shape[:-1].numel()
     if rows > MAX_ROWS:
         return f"x has {rows} rows; the kernel serves 1 to {MAX_ROWS}, more are a matter for a matrix product"
     if weight.dtype not in WEIGHT_TYPES:
