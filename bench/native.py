@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from functools import partial
 from typing import Any, Callable
 
 import torch
@@ -167,6 +168,24 @@ def step_rows(bench: Bench) -> None:
     bench.add("matmul (torch)", "768x128 @ 128x512", a.dtype, "forward", {"torch": product}, elements=768 * 512, moved=moved, memory=None)
 
 
+def eager_rows(bench: Bench) -> None:
+    """What `auto` serves by rms_norm and wave_conv, from one token to many, beside torch eager; small ones in cache."""
+    g = torch.Generator().manual_seed(0)
+    parameters = sine_inputs((1, 512), torch.float32)[1:]
+    for rows in (1, 64, 4096):
+        for dtype in (torch.float32, torch.bfloat16):
+            x, weight, taps = (torch.randn(*shape, generator=g).to(dtype) for shape in ((rows, 512), (512,), (512, 4)))
+            row: dict[str, Any] = {"elements": x.numel(), "moved": 2 * x.numel() * x.element_size(), "memory": None}
+            for op, call in (
+                ("rms_norm", partial(rms_norm, x, weight)),
+                ("wave_conv", partial(wave_conv, x.unsqueeze(0), taps / 2, *parameters, dilation=2)),
+            ):
+                calls = {name: partial(call, backend=name) for name in ("native", "torch")}
+                with torch.no_grad():
+                    assert_close(op, calls["native"](), calls["torch"](), 2.0**-6 if dtype == torch.bfloat16 else 5e-5)
+                    bench.add(op, f"{rows}x512, eager", dtype, "forward", calls, **row)
+
+
 def attention_rows(bench: Bench) -> None:
     """64 MB of cache, blocks of 16 in shuffled order, one new token a sequence; SDPA gets its keys gathered and dense for free."""
     for dtype in (torch.bfloat16, torch.float32):
@@ -203,8 +222,12 @@ def linear_rows(bench: Bench) -> None:
         row: dict[str, Any] = {"elements": 64 * weights[0].numel() * count, "memory": "read"}
         with torch.no_grad():
             assert_close("linear", linear(x, weights[0], backend="native"), F.linear(x.float(), weights[0].float()), 2.0**-7)
+            y = torch.empty(count, 2048, dtype=torch.bfloat16)
+            sizes = (count, 512, 2048, 512, 512, 1, 1, torch.get_num_threads())
+            fixed = [(x.data_ptr(), w.data_ptr(), 0, 0, y.data_ptr(), *sizes) for w in weights]
             calls: dict[str, Call] = {
                 "native": lambda: [linear(x, w, backend="native") for w in weights],
+                "native, kernel alone": lambda: [native.NATIVE.linear(*numbers) for numbers in fixed],
                 "torch": lambda: [F.linear(x, w) for w in weights],
             }
             bench.add("linear, 64 weights", f"{count}x512 -> 2048", torch.bfloat16, "forward", calls, moved=64 * 2 * MB, **row)
@@ -212,7 +235,10 @@ def linear_rows(bench: Bench) -> None:
             bench.add("linear, 64 weights", f"{count}x512 -> 2048", torch.int8, "forward", calls, moved=64 * MB, **row)
 
 
-SECTIONS = {"sine": sine_rows, "given": preallocated_rows, "step": step_rows, "attention": attention_rows, "linear": linear_rows}
+SECTIONS = {
+    "sine": sine_rows, "given": preallocated_rows, "step": step_rows, "eager": eager_rows, "attention": attention_rows,
+    "linear": linear_rows,
+}  # fmt: skip
 
 
 def main() -> None:
