@@ -279,7 +279,9 @@ class TrainConfig:
     max_steps: int | None = _option(None, _whole(1), "at most this many optimizer steps in this call", optional=True)
     batch_tokens: int = _option(8192, _whole(1), "approximate tokens of a micro-batch")
     grad_accum_steps: int = _option(1, _whole(1), "micro-batches of an optimizer step")
-    lr: float = _option(1e-3, _real(0, open_low=True), "peak learning rate")
+    lr: float | None = _option(
+        None, _real(0, open_low=True), "peak learning rate (default: 3e-3, above a d_model of 128 times sqrt(128 / d_model))", optional=True
+    )
     min_lr_ratio: float = _option(0.0, _real(0, 1), "where the cosine ends, after the last step, as a fraction of lr")
     warmup_steps: int = _option(100, _whole(0), "optimizer steps of linear warmup; at most a tenth of the run")
     optimizer: str = _option("adamw", _one_of(*OPTIMIZERS), "'adamw', or 'muon' for the matrices of the blocks and adamw for the rest")

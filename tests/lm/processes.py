@@ -103,7 +103,7 @@ def train_some(folder: Path, base: str, packed: bool, options: dict[str, Any]) -
     from test_trainer import examples
 
     module = tiny(rank(), base=base).double()  # the processes start with different weights and must end with equal ones
-    settings = TrainConfig(**{"log_interval_steps": 1, "progress": False, "amp": "fp32", "eval_interval_steps": 3, **options})
+    settings = TrainConfig(**{"log_interval_steps": 1, "progress": False, "amp": "fp32", "eval_interval_steps": 3, "lr": 1e-3, **options})
     leave(folder, module, train(module, examples(37, packed=packed), settings, val_examples=examples(9)))
 
 

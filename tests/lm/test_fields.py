@@ -17,7 +17,7 @@ from psann_fast.train import checkpoint, run_folder
 from psann_fast.train.checkpoints import Checkpoints
 from psann_fast.train.distributed import check_launch
 from psann_fast.train.loss import LossModule
-from psann_fast.train.optim import build_optimizers
+from psann_fast.train.optim import build_optimizers, default_rate
 from psann_kernels import explain
 from tiny import SENTENCES, data, fitted, model, tiny, tokens
 
@@ -310,6 +310,7 @@ def grad_accum_steps():
 def lr():
     assert max(row["lr"] for row in history(lr=0.005)) == 0.005
     assert not torch.equal(weights(lr=0.005), weights(lr=0.001))
+    assert max(row["lr"] for row in history()) == default_rate(16) == 3e-3 and default_rate(512) == pytest.approx(1.5e-3)
 
 
 @shows(TrainConfig, "min_lr_ratio")
@@ -341,7 +342,7 @@ def betas(field):
     one, three = ([weights(max_steps=steps, epochs=2, min_lr_ratio=1.0, **beta) for beta in ({}, {field: 0.3})] for steps in (1, 3))
     torch.testing.assert_close(one[0], one[1], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(three[0], three[1], rtol=1e-4, atol=1e-5)
-    betas = build_optimizers(tiny(), TrainConfig(**{field: 0.3}))[0].param_groups[0]["betas"]
+    betas = build_optimizers(tiny(), TrainConfig(lr=0.01, **{field: 0.3}))[0].param_groups[0]["betas"]
     assert betas == {"beta1": (0.3, 0.99), "beta2": (0.9, 0.3)}[field]
 
 
@@ -409,7 +410,7 @@ def activation_checkpointing():
 
 @shows(TrainConfig, "optimizer")
 def optimizer():
-    names = {name: [type(o).__name__ for o in build_optimizers(tiny(), TrainConfig(optimizer=name))] for name in ("adamw", "muon")}
+    names = {name: [type(o).__name__ for o in build_optimizers(tiny(), TrainConfig(lr=0.01, optimizer=name))] for name in ("adamw", "muon")}
     assert names == {"adamw": ["AdamW"], "muon": ["AdamW", "Muon"]}
     assert not torch.allclose(weights(optimizer="muon"), weights(), atol=1e-4)
 
