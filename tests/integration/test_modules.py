@@ -147,9 +147,9 @@ class Doubled(nn.Linear):
 def test_damped_sine_mlp_calls_its_parts_where_somebody_listens(part):
     module, seen = made("DampedSineMLP"), []
     expected = results(module, input_of())
-    for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook"):
+    for kind in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
         module.zero_grad(set_to_none=True)
-        handle = getattr(getattr(module, part), register)(lambda *_: seen.append(1))
+        handle = getattr(getattr(module, part), f"register_{kind}")(lambda *_: seen.append(1))
         assert {row["op"] for row in explain(module)} == {"damped_sine"}
         found = results(module, input_of())
         handle.remove()

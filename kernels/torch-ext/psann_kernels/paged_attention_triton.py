@@ -166,7 +166,8 @@ def _split_size(span, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N
 
 @triton.jit
 def _split_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, bound_ptr, cos_ptr, sin_ptr, slope_ptr, k_scale_ptr, v_scale_ptr, o_ptr, partial_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, bound_ptr, cos_ptr, sin_ptr, slope_ptr, k_scale_ptr, v_scale_ptr, o_ptr,
+    partial_ptr, lse_ptr,
     softmax_scale, window, max_position, heads, splits, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, table_b,
     GROUP: tl.constexpr, FEW: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr,
@@ -435,8 +436,8 @@ def _configuration(kernel: Any, dtype: str, constexprs: dict[str, Any]) -> Confi
     }
     role = kernel.__name__.strip("_").removesuffix("_kernel")
     shape = " ".join(f"{name}={constexprs[name]}" for name in ("D", "ROTARY", "BLOCK_SIZE", "GROUP") if name in constexprs)
-    alibi = " ALiBi" if "slope_ptr" in signature else ""
-    return Configuration(kernel, signature, constexprs, name=f"paged_attention {role} {dtype} {shape}{alibi}{' float8' if is_float8 else ''}", **launch)
+    extra = (" ALiBi" if "slope_ptr" in signature else "") + (" float8" if is_float8 else "")
+    return Configuration(kernel, signature, constexprs, name=f"paged_attention {role} {dtype} {shape}{extra}", **launch)
 
 
 paged_append_triton = define(

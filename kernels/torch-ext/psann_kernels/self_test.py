@@ -151,8 +151,10 @@ def _cases() -> list[Case]:
         ),
         (
             "paged_attention", half, _through_a_float8_cache,
-            [draw(4, 2, 64, dtype=half), draw(4, 1, 64, dtype=half), draw(4, 1, 64, dtype=half), table, torch.tensor([1, 3], dtype=torch.int32),
-             offsets, torch.tensor([32, 16, 17, 18])], 0,
+            [
+                draw(4, 2, 64, dtype=half), draw(4, 1, 64, dtype=half), draw(4, 1, 64, dtype=half), table, torch.tensor([1, 3]).int(), offsets,
+                torch.tensor([32, 16, 17, 18]),
+            ], 0,
         ),
         (
             "linear_cross_entropy", half, lambda backend, *a: linear_cross_entropy(*a, backend=backend),
