@@ -35,6 +35,7 @@ from .train.checkpoint import Part
 from .train.checkpoints import Checkpoints
 from .train.distributed import is_launched
 from .train.model_card import model_card
+from .train.optim import default_rate
 from .train.precision import resolve_device
 from .train.resumable import check_resumable
 from .train.run_folder import RunFolder, logged_alone, one_run
@@ -163,6 +164,8 @@ class psannLM:
             raise ValueError("fit: val_data has another tokenizer than data; pass psannLMDataPrep(texts, tokenizer=data.tokenizer)")
         val_examples = val_data.dataset if val_data is not None else data.val_dataset
         config = configuration.changed(self.config, **fill)
+        if settings.lr is None:
+            settings = configuration.changed(settings, lr=default_rate(config.d_model))
         check(settings, resolve_device(config.device))
         module = self._module if self._module is not None else self._drawn(config, settings.seed)
         resumed = self._resumed(settings, config, module, data.dataset)
@@ -212,12 +215,15 @@ class psannLM:
         if settings.resume is None:
             return None
         if settings.resume != "auto":
+            if not Path(settings.resume).is_dir():
+                raise ValueError(f"fit: resume is {str(settings.resume)!r}, and there is no such folder; pass 'auto' or a folder of checkpoints/")
             resumed = checkpoints_of_runs.read(settings.resume)
         elif settings.checkpoint_dir is None:
             raise ValueError("fit: resume is 'auto' and checkpoint_dir is None; pass the checkpoint_dir of the run to continue")
         else:
             resumed = checkpoints_of_runs.newest(settings.checkpoint_dir)
         if resumed is None:
+            _LOG.info("no checkpoint is in %s: the run begins", settings.checkpoint_dir)
             return None
         weights = dict(resumed.weights)
         try:

@@ -48,7 +48,9 @@ class Checkpoints:
         for place in (self.folder, self.folder / "best"):
             if not _is_usable(place):
                 if not is_resumed:
-                    checkpoint.check_ours(place)
+                    raise CheckpointError(
+                        f"{place / checkpoint.MANIFEST} is damaged, or of something else; train into another folder, or remove it"
+                    )
                 _LOG.warning("%s is damaged and is put aside", place / checkpoint.MANIFEST)
                 os.replace(place / checkpoint.MANIFEST, place / f"{checkpoint.MANIFEST}.damaged")
         self._pool = ThreadPoolExecutor(1, "checkpoint") if is_async else None

@@ -171,9 +171,12 @@ def read_metrics(folder: str | Path) -> tuple[list[dict[str, Any]], bool]:
     lines = path.read_text(encoding="utf-8").splitlines()
     for line in lines:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             return rows, False
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            return rows, False
+        rows.append({name: row.get(name) for name in COLUMNS})
     csv_path = Path(folder) / "metrics.csv"
     in_csv = csv_path.read_text(encoding="utf-8").count("\n") if csv_path.exists() else 0
     return rows, in_csv == len(rows) + 1

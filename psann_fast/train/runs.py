@@ -32,18 +32,34 @@ def summary(run: Path) -> dict[str, Any]:
         "val_loss": losses[-1] if losses else None,
         "best_val_loss": min(losses) if losses else None,
         "tokens": last.get("tokens"),
-        "tokens_per_second": sorted(row["tokens_per_second"] for row in rows)[len(rows) // 2] if rows else None,
-        "mfu": sorted(row["mfu"] for row in rows)[len(rows) // 2] if rows else None,
+        "tokens_per_second": _middle(rows, "tokens_per_second"),
+        "mfu": _middle(rows, "mfu"),
         "seconds": last.get("seconds"),
     }
+
+
+def _middle(rows: list[dict[str, Any]], name: str) -> Any:
+    values = sorted(row[name] for row in rows if row[name] is not None)
+    return values[len(values) // 2] if values else None
+
+
+def _configuration(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.is_file():
+        return {}
+    try:
+        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid YAML ({error}); restore it, or name other runs") from error
+    if not isinstance(sections, dict) or not all(isinstance(values, dict) for values in sections.values()):
+        raise ValueError(f"{path} is not the configuration of a run; restore it, or name other runs")
+    return sections
 
 
 def differences(runs: list[Path]) -> dict[str, dict[str, Any]]:
     """The options whose values differ among the runs: "train.lr" -> run -> value. The folder's own name is none."""
     options: dict[str, dict[str, Any]] = {}
     for run in runs:
-        sections = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) if (run / "config.yaml").is_file() else {}
-        for section, values in sections.items():
+        for section, values in _configuration(run / "config.yaml").items():
             for name, value in values.items():
                 if name != "checkpoint_dir":
                     options.setdefault(f"{section}.{name}", {})[str(run)] = value

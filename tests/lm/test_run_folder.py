@@ -111,6 +111,31 @@ def test_the_command_line_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     assert "resume: the model is not that of the run to continue (the tensor blocks.0.mlp" in capsys.readouterr().err
 
 
+def test_what_cannot_be_continued_says_why(tmp_path, caplog):
+    with pytest.raises(ValueError, match="resume is 'nowhere', and there is no such folder; pass 'auto' or a folder of checkpoints/"):
+        fitted(checkpoint_dir=tmp_path / "run", resume="nowhere")
+    with caplog.at_level(logging.INFO, "psann_fast"):
+        fitted(checkpoint_dir=tmp_path / "run", resume="auto")
+    assert f"no checkpoint is in {tmp_path / 'run'}: the run begins" in caplog.messages
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "manifest.json").write_text('{"name": "x"}')
+    with pytest.raises(ValueError, match="manifest.json is damaged, or of something else; train into another folder, or remove it"):
+        fitted(checkpoint_dir=tmp_path / "web")
+
+
+def test_runs_that_are_damaged_are_listed_or_named(tmp_path, capsys):
+    for name, rows in (("cut", '{"step": 3, "loss": 2.5}\n{"st'), ("list", "[1]\n"), ("text", '{"step": "a"}\n')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(rows)
+    assert main(["runs", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "2.5000" in shown and shown.count("\n") == 4
+    for content in ("a: [", "[1]", "model: 5", "[" * 5000):
+        (tmp_path / "cut" / "config.yaml").write_text(content)
+        assert main(["runs", str(tmp_path)]) == 2
+        assert f"{tmp_path / 'cut' / 'config.yaml'} is not " in capsys.readouterr().err
+
+
 def test_a_run_shorter_than_it_is_says_so(tmp_path, caplog):
     fitted(checkpoint_dir=tmp_path, max_steps=4)
     with caplog.at_level(logging.WARNING, "psann_fast"):

@@ -28,12 +28,11 @@ WORDS = tuple("the sea was calm and a boat went slowly home while rain fell all 
 
 
 def write_corpus(folder: Path, megabytes: float, kinds: tuple[str, ...] = ("txt", "jsonl", "parquet"), seed: int = 0) -> tuple[int, int]:
-    """Files of each kind with documents of 1 to 400 words, a text file's one a line; returns how many, and their bytes."""
-    draw = np.random.default_rng(seed)
+    """Files of each kind with documents of up to 400 words, a text file's one a line; returns how many, and their bytes."""
+    draw = random.Random(seed)
     syllables = ["ka", "lo", "mi", "ren", "tas", "vu", "sho", "bel", "dra", "ing", "er", "on"]
-    words = [*WORDS, *("".join(draw.choice(syllables, draw.integers(2, 5))) for _ in range(50_000))]
-    ranks = 1.0 / np.arange(1, len(words) + 1)
-    ranks /= ranks.sum()
+    words = [*WORDS, *("".join(draw.choices(syllables, k=draw.randrange(2, 5))) for _ in range(30_000))]
+    pool = " ".join(draw.choices(words, weights=[1 / (rank + 1) for rank in range(len(words))], k=500_000))
     total = documents = 0
     for kind in kinds:
         left, part = int(megabytes * (1 << 20) / len(kinds)), 0
@@ -41,15 +40,9 @@ def write_corpus(folder: Path, megabytes: float, kinds: tuple[str, ...] = ("txt"
             texts: list[str] = []
             held = 0
             while held < min(left, 32 << 20):
-                chosen = draw.choice(len(words), 200_000, p=ranks)
-                place = 0
-                while place < len(chosen):
-                    count = int(draw.integers(1, 400))
-                    texts.append(" ".join(words[i] for i in chosen[place : place + count]) + ".")
-                    place += count
-                    held += len(texts[-1])
-                    if held >= min(left, 32 << 20):
-                        break
+                start = pool.index(" ", draw.randrange(len(pool) - 10_000)) + 1
+                texts.append(pool[start : pool.index(" ", start + draw.randrange(2500))] + ".")
+                held += len(texts[-1])
             write_file(folder / f"{kind}-{part:03d}.{kind}", texts)
             left, part, total, documents = left - held, part + 1, total + held, documents + len(texts)
     return documents, total
