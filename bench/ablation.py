@@ -16,7 +16,7 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from psann_fast import psannLM, psannLMDataPrep, register_base
@@ -54,23 +54,33 @@ def main() -> None:
     options = parser.parse_args()
     text = read_corpus(options.data)
     register_base("gelu-twin", lambda config: LanguageModel(config, GELUBlock))
-    options.out.mkdir(parents=True, exist_ok=True)
-    path, began = options.out / "rows.jsonl", time.monotonic()
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(row["setting"], row["seed"], row["steps"]) for row in rows}
     # All settings with one seed before the next seed, so that an early end leaves a whole table of fewer seeds.
-    for seed in range(options.seeds):
-        for name in options.settings:
-            if (name, seed, options.steps) in done:
-                continue
-            if time.monotonic() - began > 60 * options.minutes:
-                print(f"{options.minutes:g} minutes are over; the same command goes on from here")
-                break
-            rows.append(run(name, text, seed, options.steps))
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-            print(f"{name}, seed {seed}: {rows[-1]['nats_per_character']:.4f}", flush=True)
+    cells = [{"setting": name, "seed": seed, "steps": options.steps} for seed in range(options.seeds) for name in options.settings]
+    rows = grid(options.out / "rows.jsonl", cells, lambda cell: run(cell["setting"], text, cell["seed"], cell["steps"]), options.minutes)
     report([row for row in rows if row["steps"] == options.steps], options.out)
+
+
+def grid(
+    path: Path, cells: list[dict[str, Any]], run: Callable[[dict[str, Any]], dict[str, Any]], minutes: float
+) -> list[dict[str, Any]]:
+    """All rows of `path`, after every cell that none of them has became one: the cell, what run(cell) gives, and the conditions.
+
+    A row is written as soon as it is there; after `minutes` no run begins.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    began = time.monotonic()
+    for cell in cells:
+        if any(cell.items() <= row.items() for row in rows):
+            continue
+        if time.monotonic() - began > 60 * minutes:
+            print(f"{minutes:g} minutes are over; the same command goes on from here")
+            break
+        rows.append({**cell, **run(cell), "conditions": conditions()})
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        print({name: value for name, value in rows[-1].items() if isinstance(value, (str, int, float))}, flush=True)
+    return rows
 
 
 def run(name: str, text: str, seed: int, steps: int) -> dict[str, Any]:
@@ -83,15 +93,11 @@ def run(name: str, text: str, seed: int, steps: int) -> dict[str, Any]:
     began = time.perf_counter()
     model.fit(data, **{"epochs": epochs, "max_steps": steps, "batch_tokens": WINDOW * ROWS, "seed": seed, **fit_options})
     return {
-        "setting": name,
-        "seed": seed,
-        "steps": steps,
         "nats_per_character": judge(model.module, torch.tensor(data.tokenizer.encode(data.val_texts[0]))),
         "seconds": time.perf_counter() - began,
         "parameters": model.module.num_parameters() - 2 * (data.vocab_size - len(data.used_ids) + 1) * SIZE["d_model"],
         "curve": [[row["step"], round(row["loss"], 4)] for row in model.history_],
         "sines": sines(model.module),
-        "conditions": conditions(),
     }
 
 
@@ -120,26 +126,33 @@ def report(rows: list[dict[str, Any]], folder: Path) -> None:
     (folder / "table.txt").write_text(f"{rows[0]['steps']} steps\n{text}\n", encoding="utf-8")
     print(text)
 
+    first = [row for row in rows if row["seed"] == 0]
+    draw_curves({row["setting"]: row["curve"] for row in first}, "nats per character", folder / "curves.png")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.add_subplot()
-    for row in (row for row in rows if row["seed"] == 0):
-        steps, losses = zip(*row["curve"])
-        width = max(1, len(losses) // 20)
-        smooth = torch.tensor(losses).unfold(0, width, 1).mean(-1)
-        axes.plot(steps[width - 1 :], smooth, label=row["setting"])
-    axes.set(xlabel="optimizer step", ylabel="training loss (nats per character)")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(folder / "curves.png", dpi=120)
     figure = Figure(figsize=(12, 4), layout="constrained")
     for place, name in zip(figure.subplots(1, 3), ("amplitude", "frequency", "damping")):
-        for row in (row for row in rows if row["seed"] == 0 and name in row["sines"]):
+        for row in (row for row in first if name in row["sines"]):
             place.hist(row["sines"][name], bins=60, histtype="step", density=True, label=row["setting"])
         place.set(xlabel=f"learned {name}", ylabel="density", yscale="log")
     place.legend(fontsize="x-small")
     figure.savefig(folder / "sines.png", dpi=120)
+
+
+def draw_curves(curves: dict[str, list[list[float]]], unit: str, path: Path) -> None:
+    """Training losses [[step, loss], ...] by name, smoothed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.add_subplot()
+    for name, curve in curves.items():
+        steps, losses = zip(*curve)
+        width = max(1, len(losses) // 20)
+        axes.plot(steps[width - 1 :], torch.tensor(losses).unfold(0, width, 1).mean(-1), label=name)
+    axes.set(xlabel="optimizer step", ylabel=f"training loss ({unit})")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
