@@ -18,7 +18,6 @@ from .library import cast_dtype
 from .registry import Op
 
 
-
 def _is_fused(*arguments: Any, fused: bool = False, **options: Any) -> bool:
     return fused
 
