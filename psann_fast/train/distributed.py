@@ -107,6 +107,12 @@ class Group:
             return contextlib.nullcontext()
         return contextlib.nullcontext() if is_last else wrapped.no_sync()
 
+    def reshard(self, wrapped: nn.Module) -> None:
+        """Share the parameters out again after a forward without a backward, which leaves FSDP2's outermost ones whole: as other tensors
+        than the optimizer's."""
+        if self.is_sharded:
+            wrapped.reshard()
+
     def sum(self, value: Tensor) -> Tensor:
         """The sum of a tensor over the processes, in place."""
         if self.size > 1:

@@ -26,7 +26,8 @@ class Interrupts:
 
     Where `region` is entered, the signal raises Interrupted there and then, so that a long step, a compilation or a validation does
     not hold up the end; elsewhere (an optimizer step, a save) it waits for `check`. Outside the main thread, where Python
-    allows no handlers, it does nothing.
+    allows no handlers, it does nothing. A signal that the process was started to ignore (as a shell's background jobs ignore SIGINT)
+    stays ignored.
 
     at_once  False: `region` waits too, because other processes would be left in the middle of an exchange
     """
@@ -41,7 +42,8 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            self._before = {signum: signal.signal(signum, self._note) for signum in self.SIGNALS}
+            heeded = [signum for signum in self.SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
+            self._before = {signum: signal.signal(signum, self._note) for signum in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:

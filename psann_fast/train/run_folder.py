@@ -43,7 +43,7 @@ class RunFolder:
         self, path: str | Path, configuration: Mapping[str, Any], *, after_step: int | None = None, tensorboard: bool = False
     ) -> None:
         self.path = Path(path)
-        writer_class = _tensorboard() if tensorboard else None
+        writer_class = tensorboard_writer() if tensorboard else None
         self.rows: list[dict[str, Any]] = []
         with _explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -197,7 +197,8 @@ def _numbered(path: Path, number: int) -> Path:
     return path.with_name(f"{path.stem}-{number:03d}{path.suffix}")
 
 
-def _tensorboard() -> Any:
+def tensorboard_writer() -> Any:
+    """torch's class that writes for TensorBoard. Raises ModuleNotFoundError, saying what to install."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import TrainConfig, to_dict
 from ..data.packing import IGNORED, Examples
-from . import feed, snapshot
+from . import feed, run_folder, snapshot
 from .distributed import Group, check_launch, processes
 from .feed import Plan, on_device
 from .guard import Guard, TrainingDiverged, weights_are_finite
@@ -84,6 +84,8 @@ def check(config: TrainConfig, device: torch.device) -> torch.dtype | None:
     if config.lr is None:
         raise ValueError("lr is None; give train a rate (fit takes the model's default_rate)")
     check_launch(config)
+    if config.tensorboard:
+        run_folder.tensorboard_writer()
     dtype = resolve_amp(config.amp, device)
     if dtype == torch.float16 and config.optimizer == "muon":
         raise ValueError("optimizer is 'muon' and amp is 'fp16', whose overflows could stop one half of a step alone; use amp='bf16'")
@@ -268,6 +270,7 @@ class _Training:
             )  # fmt: skip
         finally:
             self.loss_module.train()
+            self.group.reshard(self.wrapped)
 
     def _sample(self) -> None:
         self.module.eval()

@@ -51,6 +51,7 @@ def start(function: Callable[..., None], *arguments: Any, environment: dict[str,
 
 def _run(function: Callable[..., None], arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell ignores
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR1, open(_stacks_of(os.getpid()), "w"), all_threads=True)
     run_folder.plot_run = lambda rows, path: None  # takes longer than these runs

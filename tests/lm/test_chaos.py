@@ -17,6 +17,7 @@ import pytest
 import torch
 from psann_fast.train import checkpoint, checkpoints
 from psann_fast.train.checkpoints import Checkpoints
+from psann_fast.train.interrupts import Interrupts
 from safetensors.torch import load_file
 
 # -- kill -9 during a save ------------------------------------------------------------------------------------------------------
@@ -260,6 +261,16 @@ def test_signals(campaign, tmp_path):
         signum = draw.choice([signal.SIGTERM, signal.SIGINT])
         signal_once(folder, signum, draw.uniform(0, 0.5), save_interval_steps=7, eval_interval_steps=3, async_checkpoints=draw.random() < 0.3)
         shutil.rmtree(folder)
+
+
+def test_a_signal_that_the_process_ignores_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts, interrupts.region():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert interrupts.received is None and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_second_signal_ends_at_once(tmp_path):

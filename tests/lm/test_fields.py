@@ -482,7 +482,7 @@ def tensorboard(tmp_path, monkeypatch):
         def close(self):
             written.append("closed")
 
-    monkeypatch.setattr(run_folder, "_tensorboard", lambda: Board)
+    monkeypatch.setattr(run_folder, "tensorboard_writer", lambda: Board)
     fitted(max_steps=1, checkpoint_dir=tmp_path, tensorboard=True)
     assert {"loss", "tokens_per_second", "mfu"} <= {entry[0] for entry in written[:-1]} and written[-1] == "closed"
     monkeypatch.undo()

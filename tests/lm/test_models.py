@@ -360,7 +360,8 @@ def test_half_precision_models_run(base, dtype):
         wide = module(tokens(2, 21))
         narrow = module.to(dtype)(tokens(2, 21))
     assert narrow.dtype == dtype
-    assert 0 < (narrow.float() - wide).norm() < 0.05 * wide.norm()
+    # Two blocks of sines with frequency 3 made 4 to 10 roundings' worth of it over a dozen draws of the weights.
+    assert 0 < (narrow.float() - wide).norm() < 16 * torch.finfo(dtype).eps * wide.norm()
 
 
 @pytest.mark.parametrize(
