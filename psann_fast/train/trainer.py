@@ -80,7 +80,8 @@ def train(
 
 
 def check(config: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype, or None. Raises ValueError for options that cannot be served here, before anything is touched."""
+    """The autocast dtype, or None. Raises ValueError for options that cannot be served here, ModuleNotFoundError where tensorboard is
+    wanted and not installed, before anything is touched."""
     if config.lr is None:
         raise ValueError("lr is None; give train a rate (fit takes the model's default_rate)")
     check_launch(config)
