@@ -25,6 +25,8 @@ from unittest import mock
 
 if __name__ == "__main__" and sys.argv[1] == "triton":
     os.environ["TRITON_INTERPRET"] = "1"
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    import quick_interpreter  # noqa: F401 (installs itself)
 
 import psann_kernels
 import torch
