@@ -34,9 +34,9 @@ def offsets(counts: list[int]) -> Tensor:
     return torch.tensor([0, *counts]).cumsum(0).int()
 
 
-def rotary_tables(positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
+def rotary_tables(positions: int, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     angle = torch.arange(positions, dtype=torch.float64)[:, None] * 10000 ** (-torch.arange(0, head_dim, 2) / head_dim).double()
-    return angle.cos().float(), angle.sin().float()
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def make_case(
@@ -52,7 +52,7 @@ def make_case(
     """
     g = torch.Generator().manual_seed(seed)
     random = lambda *shape: torch.randn(*shape, generator=g).to(dtype)  # noqa: E731 (five uses)
-    num_heads = group * num_kv_heads
+    num_heads, table_dtype = group * num_kv_heads, torch.promote_types(dtype, torch.float32)
     q = random(sum(new), num_heads, head_dim)
     keys = [random(length, num_kv_heads, head_dim) for length in lengths]
     values = [random(length, num_kv_heads, head_dim) for length in lengths]
@@ -82,12 +82,12 @@ def make_case(
         v_cache[blocks[token // block_size].long(), token % block_size] = cached[1][b]
 
     if "pairs" in options or "halves" in options:
-        chosen["cos"], chosen["sin"] = rotary_tables(max([*lengths, 1]), head_dim)
+        chosen["cos"], chosen["sin"] = rotary_tables(max([*lengths, 1]), head_dim, table_dtype)
         chosen["interleaved"] = "pairs" in options
     if "window" in options:
         chosen["window"] = window
     if "alibi" in options:
-        chosen["alibi_slopes"] = torch.rand(num_heads, generator=g)
+        chosen["alibi_slopes"] = torch.rand(num_heads, generator=g).to(table_dtype)
     if "scale" in options:
         chosen["softmax_scale"] = 0.3
     return Case(q, k_cache, v_cache, block_table, torch.tensor(lengths).int(), offsets(new), chosen, keys, values)
