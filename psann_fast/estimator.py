@@ -295,9 +295,9 @@ class psannLM:
         """The text that the model writes after `prompt` (without the prompt).
 
         Options: max_new_tokens=128, temperature=1.0, top_k=None, top_p=0.9, min_p=None, repetition_penalty=None, stop=None,
-        seed=None; see SamplingParams. And weights="model", speculate=0; see EngineOptions. The text ends at max_new_tokens, a stop
-        string or the end of the document. An empty prompt begins a document. Raises TypeError or ValueError for wrong options, and
-        for a text that could become longer than memory has room for.
+        seed=None; see SamplingParams. And weights="model", speculate=0, cuda_graphs="auto"; see EngineOptions. The text ends at
+        max_new_tokens, a stop string or the end of the document. An empty prompt begins a document. Raises TypeError or ValueError
+        for wrong options, and for a text that could become longer than memory has room for.
         """
         return self.generate_batch([prompt], **options)[0]
 

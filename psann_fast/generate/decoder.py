@@ -12,8 +12,8 @@ from . import native_decoder
 
 
 class Decoder(Protocol):
-    def hidden(self, ids: list[int], view: CacheView) -> Tensor:
-        """(tokens, d_model) for new tokens laid end to end as `view` says, their keys and values written."""
+    def hidden(self, ids: Tensor, view: CacheView) -> Tensor:
+        """(tokens, d_model) for new tokens (tokens,) int64, laid end to end as `view` says, their keys and values written."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, vocab_size) of rows of hidden."""
@@ -23,11 +23,7 @@ class ModuleDecoder:
     """The model as it is."""
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self._module, self._device = module, module.embed.weight.device
-        self.logits = module.lm_head
-
-    def hidden(self, ids: list[int], view: CacheView) -> Tensor:
-        return self._module.decode(torch.tensor(ids, device=self._device), view)
+        self.hidden, self.logits = module.decode, module.lm_head
 
 
 def decoder_for(module: torch.nn.Module, weights: str) -> Decoder:

@@ -11,14 +11,17 @@ from dataclasses import dataclass, field
 from typing import Iterator, Sequence as Several
 
 import torch
+from psann_kernels import explain
 from torch import Tensor
 
+from . import graphs
 from .cache import PagedCache, bytes_per_token
 from .decoder import Decoder, decoder_for
 from .memory import SHARE, available_bytes
 from .options import EngineOptions
 from .sampling import SamplingBatch, SamplingParams, next_tokens
 from .scheduler import Scheduler, Sequence, Work
+from .seen import SeenTokens
 from .speculation import Lookup
 from .text import TextStream
 
@@ -89,7 +92,7 @@ class Engine:
     block_size    tokens of a block; default BLOCK_SIZE
     options       EngineOptions
 
-    Not for several threads at once; AsyncEngine is.
+    Not for several threads at once; AsyncEngine is. Raises ValueError for options that the model's device cannot serve.
     """
 
     def __init__(
@@ -114,10 +117,33 @@ class Engine:
         self.decoder: Decoder = decoder_for(module, options.weights)
         self.counts: Counter[str] = Counter()  # steps; tokens computed, drawn, guessed, confirmed
         self._request_of: dict[Sequence, Request] = {}
-        self._seen: Tensor | None = None
-        self._seen_by: list[tuple[Request | None, int]] = [(None, 0)] * rows
+        self._seen: SeenTokens | None = None
         self._drawing: list[Request] = []
         self._batch: SamplingBatch | None = None
+        self._graphs = self._made_graphs()
+
+    def _made_graphs(self) -> graphs.DecodeGraphs | None:
+        wanted, scheduler = self.options.cuda_graphs, self.scheduler
+        self._why_no_graphs = "cuda_graphs is False" if wanted is False else graphs.refuses(self.module, scheduler.block_size)
+        if self._why_no_graphs is not None:
+            if wanted is True:
+                raise ValueError(f"cuda_graphs is True, and {self._why_no_graphs}; leave cuda_graphs out")
+            return None
+        self.cache.hold_all()  # a graph is of the memory that it was captured over
+        return graphs.DecodeGraphs(
+            self.module, self.decoder, self.cache, self._seen_tokens, self.vocab_size, scheduler.max_rows,
+            graphs.CUDACapture(self.device), is_needed=wanted is True,
+        )  # fmt: skip
+
+    def explain(self) -> list[dict[str, str]]:
+        """As psann_kernels.explain of the model, and a row "decode_step": whether CUDA graphs run it, and why."""
+        made = self._graphs
+        if made is None or made.reason is not None:
+            backend, reason = "eager", self._why_no_graphs if made is None else made.reason
+        else:
+            backend = "cuda_graphs"
+            reason = f"{made.captures} captured, each compared with the step that it is of; {made.replays} steps taken with them"
+        return [*explain(self.module), {"op": "decode_step", "backend": backend, "serves": "yes", "reason": reason}]
 
     @property
     def has_work(self) -> bool:
@@ -139,6 +165,8 @@ class Engine:
         if self.options.speculate and not request.has_penalty:
             request.lookup = Lookup()
         self._request_of[request.sequence] = request
+        if self._graphs is not None:
+            self._graphs.note_request()
 
     def cancel(self, request: Request) -> None:
         """End a request between two steps; its blocks are free at once. One that has ended stays as it is."""
@@ -157,6 +185,9 @@ class Engine:
             return []
         self.counts["steps"] += 1
         self.cache.copy(plan.copies)
+        if self._graphs is not None and self._graphs.serves(plan.work):
+            self.counts["computed_tokens"] += len(plan.work)
+            return self._take(plan.work, *self._draw_by_graph(plan.work))
         ids, rows, drawing = [], [], []
         for work in plan.work:
             s = work.sequence
@@ -166,7 +197,7 @@ class Engine:
             if stop == len(s.tokens):
                 rows += range(len(ids) - 1 - work.drafted, len(ids))
                 drawing += [self._request_of[s]] * (1 + work.drafted)
-        hidden = self.decoder.hidden(ids, self.cache.view(plan.work))
+        hidden = self.decoder.hidden(torch.tensor(ids, device=self.device), self.cache.view(plan.work))
         self._report_prompts(plan.work, hidden)
         self.counts["computed_tokens"] += len(ids)
         drawn, reports = self._draw(hidden, rows, drawing, plan.work) if rows else ([], {})
@@ -195,29 +226,36 @@ class Engine:
         # The position that a drawn token will have is the number of tokens before it.
         places = [w.end - w.drafted + i for w in works if w.end - w.drafted == len(w.sequence.tokens) for i in range(1 + w.drafted)]
         positions = None if batch.is_greedy else torch.tensor(places, device=self.device)
-        seen = self._seen_rows(drawing) if batch.has_penalty else None
-        drawn = next_tokens(logits, batch, positions, seen)
-        if batch.has_penalty:
-            self._seen[torch.tensor([r.sequence.row for r in drawing], device=self.device), drawn] = True
-        tokens = drawn.tolist()
+        seen = self._seen_by(drawing) if batch.has_penalty else None
+        tokens = next_tokens(logits, batch, positions, seen).tolist()
+        return tokens, self._reports(logits, tokens, drawing)
+
+    def _draw_by_graph(self, works: list[Work]) -> tuple[list[int], dict[int, TokenLogprob]]:
+        """As _draw, of works that each add the newest token of a text."""
+        drawing = [self._request_of[work.sequence] for work in works]
+        tokens, logits = self._graphs.run(works, drawing)
+        return tokens, self._reports(logits, tokens, drawing)
+
+    def _reports(self, logits: Tensor, tokens: list[int], drawing: list[Request]) -> dict[int, TokenLogprob]:
+        """Row -> log probabilities, of the rows that want them."""
         wanting = [i for i, request in enumerate(drawing) if request.logprobs is not None]
         if not wanting:
-            return tokens, {}
+            return {}
         wanted = max(drawing[i].logprobs for i in wanting)
-        return tokens, dict(zip(wanting, token_logprobs(logits[wanting], [tokens[i] for i in wanting], wanted)))
+        return dict(zip(wanting, token_logprobs(logits[wanting], [tokens[i] for i in wanting], wanted)))
 
-    def _seen_rows(self, drawing: list[Request]) -> Tensor:
-        """(B, V) bool: tokens in each request's prompt or output. Kept from step to step, made anew where a row changed hands."""
+    def _seen_tokens(self) -> SeenTokens:
         if self._seen is None:
-            self._seen = torch.zeros(self.scheduler.max_rows, self.vocab_size, dtype=torch.bool, device=self.device)
-        for request in drawing:
-            row = request.sequence.row
-            owner = request, request.sequence.preemptions
-            if self._seen_by[row] != owner:
-                self._seen_by[row] = owner
-                self._seen[row] = False
-                self._seen[row, torch.tensor([t for t in request.tokens if t < self.vocab_size], device=self.device)] = True
-        return self._seen[torch.tensor([r.sequence.row for r in drawing], device=self.device)]
+            self._seen = SeenTokens(self.scheduler.max_rows, self.module.config.vocab_size, self.device)
+        return self._seen
+
+    def _seen_by(self, drawing: list[Request]) -> Tensor:
+        """(B, V) bool: tokens in each request's prompt or output."""
+        seen = self._seen_tokens()
+        seen.refresh(drawing)
+        rows = torch.tensor([request.sequence.row for request in drawing], device=self.device)
+        newest = torch.tensor([request.tokens[-1] for request in drawing], device=self.device)
+        return seen.of(rows, newest)[:, : self.vocab_size]
 
     def _report_prompts(self, works: list[Work], hidden: Tensor) -> None:
         """Log probabilities of prompt tokens: the row of token t predicts token t + 1."""

@@ -280,9 +280,9 @@ class NativeDecoder:
         self.weights = weights
         self._programs: dict[tuple[int, int], Program] = {}
 
-    def hidden(self, ids: list[int], view: CacheView) -> Tensor:
+    def hidden(self, ids: Tensor, view: CacheView) -> Tensor:
         program = self._program(len(ids))
-        torch.index_select(self.weights.embedding, 0, torch.tensor(ids), out=program.x)
+        torch.index_select(self.weights.embedding, 0, ids, out=program.x)
         config = self.weights.config
         if config.positional_encoding == "sinusoidal":
             program.x.add_(sinusoidal(view.positions, config.d_model).to(program.x.dtype))

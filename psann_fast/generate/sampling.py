@@ -14,6 +14,7 @@ from typing import Any, Sequence
 
 import numpy as np
 import torch
+from psann_kernels.documents import are_values_known
 from torch import Tensor
 
 
@@ -99,7 +100,7 @@ def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
 
     Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", the finaliser's constants.
     """
-    if seeds.device.type == "cpu":  # a few numbers: numpy's calls cost a third of torch's
+    if are_values_known(seeds):  # a few numbers on a CPU: numpy's calls cost a third of torch's
         mixed = _mix(_mix(seeds.numpy()) + positions.numpy())
         return torch.from_numpy(_shift(mixed, 11) * 2.0**-53)
     return _shift(_mix(_mix(seeds) + positions), 11).to(torch.float64) * 2.0**-53
@@ -135,19 +136,42 @@ class SamplingBatch:
 
     @classmethod
     def of(cls, requests: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> SamplingBatch:
-        wide = lambda values: torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(1)  # noqa: E731 (four uses)
+        columns = columns_of(requests, vocab_size)
+        wide = lambda name: torch.tensor(columns[name], dtype=torch.float64, device=device).unsqueeze(1)  # noqa: E731 (four uses)
         return cls(
-            temperature=wide([p.temperature for p in requests]),
-            top_k=torch.tensor([[min(p.top_k or vocab_size, vocab_size)] for p in requests], device=device),
-            top_p=wide([1.0 if p.top_p is None else p.top_p for p in requests]),
-            min_p=wide([p.min_p or 0.0 for p in requests]),
-            penalty=wide([p.repetition_penalty or 1.0 for p in requests]),
-            seeds=torch.tensor([p.seed for p in requests], dtype=torch.int64, device=device),
-            is_greedy=all(p.temperature == 0 for p in requests),
-            has_penalty=any((p.repetition_penalty or 1.0) != 1.0 for p in requests),
+            temperature=wide("temperature"),
+            top_k=torch.tensor(columns["top_k"], device=device).unsqueeze(1),
+            top_p=wide("top_p"),
+            min_p=wide("min_p"),
+            penalty=wide("penalty"),
+            seeds=torch.tensor(columns["seeds"], dtype=torch.int64, device=device),
+            is_greedy=is_greedy(requests),
+            has_penalty=has_penalty(requests),
             has_top_p=any((p.top_p or 1.0) != 1.0 for p in requests),
             has_min_p=any((p.min_p or 0.0) != 0.0 for p in requests),
         )
+
+
+def columns_of(requests: Sequence[SamplingParams], vocab_size: int) -> dict[str, list[float] | list[int]]:
+    """What the tensors of a SamplingBatch hold, one value a request; what is off has the value that changes nothing."""
+    return {
+        "temperature": [p.temperature for p in requests],
+        "top_k": [min(p.top_k or vocab_size, vocab_size) for p in requests],
+        "top_p": [1.0 if p.top_p is None else p.top_p for p in requests],
+        "min_p": [p.min_p or 0.0 for p in requests],
+        "penalty": [p.repetition_penalty or 1.0 for p in requests],
+        "seeds": [p.seed for p in requests],
+    }
+
+
+def is_greedy(requests: Sequence[SamplingParams]) -> bool:
+    """Whether all of them take the likeliest token."""
+    return all(p.temperature == 0 for p in requests)
+
+
+def has_penalty(requests: Sequence[SamplingParams]) -> bool:
+    """Whether one of them has a repetition penalty."""
+    return any((p.repetition_penalty or 1.0) != 1.0 for p in requests)
 
 
 def next_tokens(logits: Tensor, batch: SamplingBatch, positions: Tensor | None, seen: Tensor | None = None) -> Tensor:
@@ -196,6 +220,6 @@ def _ids_at(places: Tensor, logits: Tensor, ascending: Tensor) -> Tensor:
 
 
 def _sorted(logits: Tensor) -> Tensor:
-    if logits.device.type != "cpu":
+    if not are_values_known(logits):
         return logits.sort(dim=-1).values
     return torch.from_numpy(np.sort(logits.contiguous().numpy(), axis=-1))  # with vector instructions, 10 times as fast as torch's

@@ -271,7 +271,8 @@ def step_logits(decoder, module, rows: list[list[int]], cuts) -> torch.Tensor:
     with torch.inference_mode():
         for begin, end in cuts:
             view = cache.view([Work(s, begin, end) for s in sequences])
-            logits.append(decoder.logits(decoder.hidden([t for row in rows for t in row[begin:end]], view)).clone())
+            ids = torch.tensor([t for row in rows for t in row[begin:end]])
+            logits.append(decoder.logits(decoder.hidden(ids, view)).clone())
     return torch.cat(logits)
 
 
