@@ -168,6 +168,8 @@ class psannLM:
             settings = configuration.changed(settings, lr=default_rate(config.d_model))
         check(settings, resolve_device(config.device))
         module = self._module if self._module is not None else self._drawn(config, settings.seed)
+        if settings.checkpoint_dir is not None:
+            checkpoint.check_readable(_stored(config, module.state_dict()))
         resumed = self._resumed(settings, config, module, data.dataset)
         is_main = not (settings.ddp != "off" and is_launched()) or int(os.environ["RANK"]) == 0
         options = {name: configuration.to_dict(part) for name, part in (("model", config), ("train", settings), ("data", data.config))}
@@ -370,15 +372,16 @@ class psannLM:
         """Write weights, configuration and tokenizer into the folder `path`, replacing a model saved there as a whole.
 
         Files: safetensors, JSON, the tokenizer's own; manifest.json with checksums comes last, so that an interrupted save leaves
-        the old model. `backend` and `device` are not saved. Raises OSError where the folder cannot be written.
+        the old model. `backend` and `device` are not saved. Raises OSError where the folder cannot be written, ValueError for a model of
+        more tensors than load reads.
         """
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.module.state_dict().items()}
         checkpoint.write(path, self._parts(state))
 
     def _parts(self, state: Mapping[str, torch.Tensor]) -> dict[str, Part]:
         """The files of the model whose state dict is `state`."""
-        # A tied projection is the embedding's own memory, which is stored once.
-        weights = {name: tensor for name, tensor in state.items() if not (self.config.tie_embeddings and name == "lm_head.weight")}
+        weights = _stored(self.config, state)
+        checkpoint.check_readable(weights)
         saved = {name: value for name, value in configuration.to_dict(self.config).items() if name not in RUNTIME_FIELDS}
         tokenizer_files = {} if self.tokenizer is None else self.tokenizer.to_files()
         described = json.dumps({"model": saved, "tokenizer": list(tokenizer_files)}, indent=2) + "\n"
@@ -464,6 +467,11 @@ def _check_weights(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Non
 
 def _not_main(name: str, snapshot: Snapshot) -> None:
     """What the processes that do not write do with a checkpoint."""
+
+
+def _stored(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is saved of a state dict: a tied projection is the embedding's own memory, and not stored a second time."""
+    return {name: tensor for name, tensor in state.items() if not (config.tie_embeddings and name == "lm_head.weight")}
 
 
 def _is_same(one: Tokenizer, other: Tokenizer) -> bool:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Callable, Mapping, Union
+from typing import Any, Callable, Collection, Mapping, Union
 
 import torch
 import xxhash
@@ -169,6 +169,15 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except RecursionError as error:
         raise ValueError(f"{path.name} is nested too deeply") from error
+
+
+def check_readable(weights: Collection[object]) -> None:
+    """Raise ValueError for more weights than `read_tensors` takes: a model that could not be loaded is not saved."""
+    if len(weights) > MOST_TENSORS:
+        raise ValueError(
+            f"the model has {len(weights):,} tensors, and a saved model can have {MOST_TENSORS:,}, since no more are read back; make it "
+            "of fewer layers, or keep module.state_dict() in a file of your own"
+        )
 
 
 def read_tensors(path: Path, most: int = MOST_TENSORS) -> dict[str, Tensor]:

@@ -342,6 +342,20 @@ def test_weights_that_are_no_safetensors(saved, tmp_path):
 # -- a save that fails ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_model_of_too_many_tensors_is_neither_saved_nor_trained(tmp_path, monkeypatch):
+    """It could be saved and not loaded again."""
+    lm = model()
+    count = len(lm.module.state_dict())
+    monkeypatch.setattr(checkpoint, "MOST_TENSORS", count)
+    lm.save(tmp_path / "most")
+    assert len(psannLM.load(tmp_path / "most", device="cpu").module.state_dict()) == count
+    monkeypatch.setattr(checkpoint, "MOST_TENSORS", count - 1)
+    for keep in (lambda: lm.save(tmp_path / "more"), lambda: fitted(lm, max_steps=1, checkpoint_dir=tmp_path / "more")):
+        with pytest.raises(ValueError, match=f"the model has {count} tensors, and a saved model can have {count - 1}"):
+            keep()
+    assert not (tmp_path / "more").exists()
+
+
 def test_a_writer_that_fails_leaves_the_version_before(tmp_path):
     write_parts(tmp_path, a="old a", b="old b")
 
