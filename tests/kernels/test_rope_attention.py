@@ -1,5 +1,6 @@
 """rope_attention: every backend against the formula in float64, forward and every gradient; what no query may see."""
 
+import importlib
 import math
 
 import pytest
@@ -381,6 +382,27 @@ def test_rotation_depends_on_the_distance_alone():
     pairs = rotate(x, cos[1:], sin[1:])
     assert torch.equal(halves, torch.cat((pairs[..., 0::2], pairs[..., 1::2]), -1))
     assert rotate(x.bfloat16(), cos.float(), sin.float()).dtype == torch.bfloat16
+
+
+def test_pairs_turn_alike_as_complex_numbers_and_one_by_one(monkeypatch):
+    """On a CPU pairs are multiplied as complex numbers, under a compiler feature by feature; memory may lie anyhow."""
+    module = importlib.import_module("psann_kernels.rope_attention")  # the package's own name of it is the function
+    cases = [("bfloat16", torch.randn(2, 7, 3, 32).bfloat16())] + [
+        (f"{name} {head_dim}", copy) for head_dim in (2, 6, 40) for name, copy in layouts(torch.randn(2, 7, 3, head_dim)).items()
+    ]
+    holder = torch.randn(2 * 7 * 3 * 6 + 1)
+    for name, x in [*cases, ("contiguous, odd start", holder[1:].view(2, 7, 3, 6))]:
+        tables, found = rotary_tables(9, x.shape[-1]), []
+        positions = torch.tensor([[0, 1, 2, 0, 1, 0, 8]])
+        for is_complex in (True, False):
+            monkeypatch.setattr(module, "_is_complex_cheaper", lambda wide: is_complex)
+            leaf = x.detach().requires_grad_()
+            y = rotate(leaf, *tables, positions=positions)
+            found.append((y.detach(), *torch.autograd.grad(y, leaf, torch.ones_like(y))))
+        for one, other in zip(*found):
+            assert one.dtype == x.dtype and one.shape == x.shape
+            # Where a vector is not filled, torch's complex product is fused.
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6, msg=lambda m: f"{name}: {m}")
 
 
 def test_rotary_tables():

@@ -140,10 +140,29 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, positions: Tensor | None = No
         cos, sin = cos[positions], sin[positions]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one angle for all heads
     wide = x.to(cos.dtype)
+    if interleaved and _is_complex_cheaper(wide):
+        if not _has_whole_pairs(wide):
+            wide = wide.clone(memory_format=torch.contiguous_format)
+        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
     a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
     a, b = a * cos - b * sin, b * cos + a * sin
     turned = torch.stack((a, b), dim=-1).flatten(-2) if interleaved else torch.cat((a, b), dim=-1)
     return turned.to(x.dtype)
+
+
+def _is_complex_cheaper(x: Tensor) -> bool:
+    """Whether x's pairs are turned as complex numbers: one product in place of eleven ops over every second feature, with the same
+    two products and one sum a number.
+
+    On a CPU, where each op is a pass over memory; compilers fuse the eleven, and not the one.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _has_whole_pairs(x: Tensor) -> bool:
+    """Whether x's pairs of neighbours can be read as complex numbers where they lie."""
+    return x.stride(-1) == 1 and not any(step % 2 for step in (*x.stride()[:-1], x.storage_offset()))
 
 
 def rotary_tables(
