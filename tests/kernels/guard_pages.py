@@ -271,8 +271,10 @@ def reads_too_far(random: Random, guard: Guard, backend: str) -> None:
 
 
 def linear_cross_entropy(random: Random, guard: Guard, backend: str) -> None:
-    dtype, classes = random.choice(DTYPES), random.choice((*SIZES, 2049))
-    x = tensor(random, guard, random.choice(SIZES), random.choice((1, 3, 16)), dtype=dtype)
+    # Of two far rows the second lies 2^31 elements behind the first: torch's own float16 product of one row crashes there.
+    sizes = [size for size in SIZES if size != 2 or not guard.is_far]
+    dtype, classes = random.choice(DTYPES), random.choice((*sizes, 2049))
+    x = tensor(random, guard, random.choice(sizes), random.choice((1, 3, 16)), dtype=dtype)
     weight, bias = tensor(random, guard, classes, x.shape[1], dtype=dtype), tensor(random, guard, classes, dtype=dtype)
     targets = torch.tensor([random.choice((-100, random.randrange(classes))) for _ in range(len(x))])
     options = {
