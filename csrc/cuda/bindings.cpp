@@ -13,6 +13,12 @@ namespace py = pybind11;
 
 namespace {
 
+const char* advice(cudaError_t error) {
+    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) return "; PSANN_FAST_CUDA names the targets to build for, such as 80,90";
+    if (error == cudaErrorInvalidConfiguration || error == cudaErrorInvalidValue) return "";
+    return "; where an earlier kernel failed, CUDA_LAUNCH_BLOCKING=1 shows which";
+}
+
 template <class Arguments, class... Numbers>
 void bind(py::module_& m, const char* name, Arguments (*unpack)(Numbers...), void (*run)(const Arguments&, cudaStream_t, float* scratch)) {
     m.def(name, [unpack, run, name](Numbers... numbers, uintptr_t stream, uintptr_t scratch) {
@@ -21,14 +27,10 @@ void bind(py::module_& m, const char* name, Arguments (*unpack)(Numbers...), voi
         cudaError_t error = cudaPeekAtLastError();
         if (error != cudaSuccess) {
             (void)cudaGetLastError();
-            throw std::runtime_error(std::string(name) + ": the kernel was not launched: " + cudaGetErrorString(error));
+            throw std::runtime_error(std::string(name) + ": the kernel was not launched: " + cudaGetErrorString(error) + advice(error));
         }
     });
 }
-
-// Tokens that a sequence may have in a call of `rows` tokens, and that the longest sequence may hold: neither is read from the device.
-int64_t max_tokens(int64_t rows) { return rows < cuda::PAGED_ATTENTION_MAX_TOKENS ? rows : cuda::PAGED_ATTENTION_MAX_TOKENS; }
-
 }  // namespace
 
 PYBIND11_MODULE(_native_cuda, m) {
@@ -38,10 +40,10 @@ PYBIND11_MODULE(_native_cuda, m) {
     m.def("damped_sine_partials", &cuda::damped_sine_partials);
     m.def("rms_norm_partials", &cuda::rms_norm_partials);
     m.def("wave_conv_partials", &cuda::wave_conv_partials);
-    m.def("paged_attention_partials", [](int64_t rows, int64_t sequences, int64_t heads, int64_t head_dim, int64_t max_length) {
+    m.def("paged_attention_partials", [](int64_t rows, int64_t heads, int64_t head_dim, int64_t max_length) {
         PagedAttention a = {};
-        a.sequences = sequences, a.heads = heads, a.head_dim = head_dim;
-        return cuda::paged_attention_partials(a, max_tokens(rows), max_length);
+        a.rows = rows, a.heads = heads, a.head_dim = head_dim;
+        return cuda::paged_attention_partials(a, max_length);
     });
     bind(m, "damped_sine_forward", &arguments::damped_sine_forward, +[](const DampedSineForward& a, cudaStream_t s, float*) { cuda::damped_sine_forward(a, s); });
     bind(m, "damped_sine_backward", &arguments::damped_sine_backward, +[](const DampedSineBackward& a, cudaStream_t s, float* scratch) { cuda::damped_sine_backward(a, scratch, s); });
@@ -53,6 +55,6 @@ PYBIND11_MODULE(_native_cuda, m) {
     });
     bind(m, "paged_append", &arguments::paged_append, +[](const PagedAppend& a, cudaStream_t s, float*) { cuda::paged_append(a, s); });
     bind(m, "paged_attention", &arguments::paged_attention, +[](const PagedAttention& a, cudaStream_t s, float* scratch) {
-        cuda::paged_attention(a, max_tokens(a.rows), a.max_blocks * a.block_size, scratch, s);
+        cuda::paged_attention(a, a.max_blocks * a.block_size, scratch, s);
     });
 }

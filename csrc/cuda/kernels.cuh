@@ -27,11 +27,11 @@ void wave_conv_backward(const WaveConvBackward&, float* dz, float* partial, cuda
 
 void paged_append(const PagedAppend&, cudaStream_t stream);
 
-// New tokens a sequence may have: more are a matter for another backend.
+// New tokens of a sequence, on average over a call, that are not better left to another backend.
 constexpr int PAGED_ATTENTION_MAX_TOKENS = 16;
-// Every sequence has 0 to max_tokens new tokens; splits follow from max_length, the longest that seq_lens may hold, so no length is
-// read on the host. partial: paged_attention_partials(...) floats.
-int64_t paged_attention_partials(const PagedAttention&, int64_t max_tokens, int64_t max_length);
-void paged_attention(const PagedAttention&, int64_t max_tokens, int64_t max_length, float* partial, cudaStream_t stream);
+// Splits follow from max_length, the longest that seq_lens may hold, so no length is read on the host. partial:
+// paged_attention_partials(...) floats, for which `a` needs rows, heads and head_dim.
+int64_t paged_attention_partials(const PagedAttention& a, int64_t max_length);
+void paged_attention(const PagedAttention&, int64_t max_length, float* partial, cudaStream_t stream);
 
 }  // namespace cuda

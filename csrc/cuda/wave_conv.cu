@@ -51,8 +51,9 @@ template <class T, int MODE> __global__ void __launch_bounds__(THREADS) forward(
     }
 }
 
-// Sums of a feature: bias, amplitude, frequency, damping, then the taps, which are added to memory that no other thread touches.
-template <class T, int MODE> __global__ void __launch_bounds__(THREADS) backward(WaveConv a, const T* dy, int64_t dy_stride, float* dz, float* partial, int64_t run) {
+// Sums of a feature: bias, amplitude, frequency, damping, then the taps, which are added to memory that no other thread touches. Six
+// blocks at once are asked for because the compiler otherwise keeps an address in memory on sm_100.
+template <class T, int MODE> __global__ void __launch_bounds__(THREADS, 6) backward(WaveConv a, const T* dy, int64_t dy_stride, float* dz, float* partial, int64_t run) {
     int64_t column = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
     if (column >= a.features) return;
     Feature f = feature_of(a.amplitude[column], a.frequency[column], a.damping[column]);

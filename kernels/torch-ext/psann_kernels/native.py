@@ -3,7 +3,8 @@
 The kernels know no torch: each *_native.py checks device, dtype and layout, allocates, and passes addresses, sizes and strides.
 On a CPU they run on torch's own OpenMP threads, as many as torch.get_num_threads() says, and give the same bits for any number
 of them. On a GPU they run on torch's current stream and can be captured in a graph. No GPU has run the CUDA kernels yet: they
-compile for every target without warnings (test_native_cuda.py), and serve only calls that name backend="native".
+compile for every target without warnings (test_native_cuda.py), are right where a CPU emulates one (test_cuda_emulated.py), and
+serve only calls that name backend="native".
 
 Environment:
 
@@ -105,7 +106,8 @@ def launch(name: str, t: Tensor, *numbers: Any, scratch: Callable[[ModuleType], 
         getattr(NATIVE, name)(*numbers, torch.get_num_threads())
         return
     with torch.cuda.device(t.device):
-        memory = None if scratch is None else torch.empty(scratch(CUDA), device=t.device)
+        # The type is named because the default one is the user's to change.
+        memory = None if scratch is None else torch.empty(scratch(CUDA), dtype=torch.float32, device=t.device)
         getattr(CUDA, name)(*numbers, torch.cuda.current_stream().cuda_stream, address(memory))
 
 

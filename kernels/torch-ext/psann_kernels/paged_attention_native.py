@@ -47,7 +47,7 @@ def _forward(
         seq_lens.data_ptr(), cu_seqlens_q.data_ptr(), address(alibi_slopes), o.data_ptr(), address(cos), address(sin), interleaved,
         rows, sequences, heads, kv_heads, head_dim, block_size, num_blocks, max_blocks, max_position, block_table.stride(0),
         *q.stride()[:2], window, softmax_scale, TYPES[q.dtype],
-        scratch=lambda cuda: cuda.paged_attention_partials(rows, sequences, heads, head_dim, max_blocks * block_size),
+        scratch=lambda cuda: cuda.paged_attention_partials(rows, heads, head_dim, max_blocks * block_size),
     )  # fmt: skip
     return o
 
@@ -76,7 +76,7 @@ def refuses(q: Tensor, k_cache: Tensor, v_cache: Tensor, *indices: Tensor, **opt
 
 
 def _refuses_cuda(q: Tensor, block_table: Tensor) -> str | None:
-    """A sequence with more new tokens than the kernel serves, which no shape shows, gets NaN in the rows that are too many."""
+    """Beside short ones, a sequence with more new tokens than that is served too, slowly: no shape shows it."""
     most = CUDA.paged_attention_max_tokens
     if q.shape[0] > most * block_table.shape[0]:
         sequences = block_table.shape[0]
