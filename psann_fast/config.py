@@ -299,6 +299,7 @@ class TrainConfig:
     )
     fsdp: bool = _option(False, _flag, "share weights, gradients and optimizer out over the processes (FSDP2)")
     compile: bool = _option(False, _flag, "compile model and loss with torch.compile")
+    cuda_graphs: bool = _option(False, _flag, "launch forward and backward as CUDA graphs; one process, a CUDA device")
     activation_checkpointing: bool = _option(False, _flag, "keep only the input of each block and compute it again in backward")
     seed: int = _option(1337, _whole(0), "seed of dropout, and of the first weights where fit builds the model")
     checkpoint_dir: str | Path | None = _option(

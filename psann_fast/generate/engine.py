@@ -14,6 +14,7 @@ import torch
 from psann_kernels import explain
 from torch import Tensor
 
+from ..cuda_graphs import CUDACapture
 from . import graphs
 from .cache import PagedCache, bytes_per_token
 from .decoder import Decoder, decoder_for
@@ -132,7 +133,7 @@ class Engine:
         self.cache.hold_all()  # a graph is of the memory that it was captured over
         return graphs.DecodeGraphs(
             self.module, self.decoder, self.cache, self._seen_tokens, self.vocab_size, scheduler.max_rows,
-            graphs.CUDACapture(self.device), is_needed=wanted is True,
+            CUDACapture(self.device), is_needed=wanted is True,
         )  # fmt: skip
 
     def explain(self) -> list[dict[str, str]]:

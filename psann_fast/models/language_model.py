@@ -153,7 +153,7 @@ def document_offsets(document_starts: Tensor) -> Tensor:
     A fixed size, so that nothing has to be read on the host and a compiled graph fits every batch.
     """
     starts = document_starts.clone()
-    starts[:, :1] = True
+    starts[:, :1].fill_(True)
     flat = starts.flatten()
     total = flat.numel()
     index = torch.where(flat, torch.arange(total, device=flat.device), total)

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TrainConfig, to_dict
+from ..cuda_graphs import CUDACapture
 from ..data.packing import IGNORED, Examples
-from . import feed, run_folder, snapshot
+from . import feed, graphs, run_folder, snapshot
 from .distributed import Group, check_launch, processes
 from .feed import Plan, on_device
+from .graphs import StepGraphs
 from .guard import Guard, TrainingDiverged, weights_are_finite
 from .interrupts import Interrupted, Interrupts
 from .loss import LossModule, activation_checkpointing
@@ -33,7 +35,7 @@ _LOG = logging.getLogger("psann_fast")
 # Options that may change when a run is continued: they move no weight. The others would make it another run.
 FREE_TO_CHANGE = (
     "checkpoint_dir", "resume", "progress", "log_interval_steps", "save_interval_steps", "eval_interval_steps", "keep_checkpoints",
-    "async_checkpoints", "activation_checkpointing", "compile", "ddp", "fsdp", "sample_interval_steps", "sample_prompt", "tensorboard",
+    "async_checkpoints", "activation_checkpointing", "compile", "cuda_graphs", "ddp", "fsdp", "sample_interval_steps", "sample_prompt", "tensorboard",
 )  # fmt: skip
 # And these, which make it longer or shorter: the schedule follows them from there on.
 FREE_WITH_NOTICE = ("epochs", "max_steps")
@@ -90,6 +92,9 @@ def check(config: TrainConfig, device: torch.device) -> torch.dtype | None:
     dtype = resolve_amp(config.amp, device)
     if dtype == torch.float16 and config.optimizer == "muon":
         raise ValueError("optimizer is 'muon' and amp is 'fp16', whose overflows could stop one half of a step alone; use amp='bf16'")
+    reason = graphs.refuses(config, device, processes(config)) if config.cuda_graphs else None
+    if reason is not None:
+        raise ValueError(f"cuda_graphs is True, and {reason}; leave cuda_graphs out")
     return dtype
 
 
@@ -130,6 +135,7 @@ class _Training:
         self.learning = [p for p in self.module.parameters() if p.requires_grad]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.guard = Guard(self.optimizers, self.scaler, config, self.device)
+        self.graphs: StepGraphs | None = None  # made when training begins
         self.interrupts = Interrupts(at_once=group.size == 1)
         self.best, self.saved_step = math.inf, -1
 
@@ -163,6 +169,8 @@ class _Training:
             self.given.eval()
 
     def _loop(self) -> None:
+        if self.config.cuda_graphs:
+            self.graphs = StepGraphs(self._micro_batch, self.learning, self.plan.rows, CUDACapture(self.device))
         self.bar.step(self.at.step)
         self._start_clock()
         if self.at.pending is not None:
@@ -191,24 +199,31 @@ class _Training:
             norm = nn.utils.clip_grad_norm_(self.learning, config.grad_clip if config.grad_clip > 0 else math.inf)
             norm = snapshot.whole(norm)
         self.guard.step(step + 1, loss, norm)
-        for parameter in self.learning:
-            parameter.grad = None
+        if self.graphs is None:
+            for parameter in self.learning:
+                parameter.grad = None
         self.at = Position(step + 1, self.at.tokens + data.targets, self._seconds(), snapshot.random_state(self.device))
         self.bar.step(1)
         self._after(loss, norm, rate)
 
     def _backward(self, data: feed.StepData) -> Tensor:
         """Gradients of the mean loss over the targets of the step; returns that loss."""
+        if self.graphs is not None:
+            return self.graphs.step([on_device(batch, self.device) for batch in data.batches], data.targets)
         parts = []
         for index, batch in enumerate(data.batches):
             with self.group.exchange(self.wrapped, index + 1 == len(data.batches)):
-                with autocast(self.dtype, self.device):
-                    # The denominator counts the tokens of the whole step: micro-batches of few tokens must not weigh more.
-                    part = self.wrapped(*on_device(batch, self.device)) / data.targets
-                # The processes' gradients are averaged; their losses are parts of one mean.
-                self.scaler.scale(part * self.group.size if self.group.size > 1 else part).backward()
-                parts.append(part.detach())
+                parts.append(self._micro_batch(*on_device(batch, self.device), data.targets))
         return self.group.sum(torch.stack(parts).sum())
+
+    def _micro_batch(self, input_ids: Tensor, targets: Tensor, starts: Tensor | None, count: int | Tensor) -> Tensor:
+        """Add the gradients of the loss over `count`, the targets of the whole step; returns that."""
+        with autocast(self.dtype, self.device):
+            # Of the whole step: micro-batches of few tokens must not weigh more.
+            part = self.wrapped(input_ids, targets, starts) / count
+        # The processes' gradients are averaged; their losses are parts of one mean.
+        self.scaler.scale(part * self.group.size if self.group.size > 1 else part).backward()
+        return part.detach()
 
     def _after(self, loss: Tensor, norm: Tensor, rate: float) -> None:
         """What is due after a step: a row, a validation, a sample, a checkpoint."""

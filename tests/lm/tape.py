@@ -10,14 +10,14 @@ from typing import Any, Callable
 from unittest import mock
 
 import torch
-from psann_fast.generate.graphs import CaptureError
+from psann_fast.cuda_graphs import CaptureError
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 # Each of these makes the host wait for the device, or copies from the host's pageable memory.
-FORBIDDEN_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
+FORBIDDEN_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 FORBIDDEN = {aten.lift_fresh.default, aten._local_scalar_dense.default, aten.nonzero.default, aten.is_nonzero.default}
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
@@ -50,15 +50,16 @@ class Tape(TorchDispatchMode):
         if waits(func, args):
             raise CaptureError(f"{func} is no operation of a graph")
         output = func(*args, **kwargs)
-        self.calls.append((func, args, kwargs, output))
+        self.calls.append((func, *pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs, output))))
         return output
 
+    @torch.no_grad()
     def replay(self) -> None:
         for func, args, kwargs, output in self.calls:
             if is_view(func):
                 continue
             for old, new in zip(pytree.tree_leaves(output), pytree.tree_leaves(func(*args, **kwargs))):
-                if isinstance(old, Tensor) and old is not new:
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
 

@@ -80,6 +80,7 @@ OUT_OF_RANGE = {
         "ddp": ["yes", True, None],
         "fsdp": FLAG,
         "compile": FLAG,
+        "cuda_graphs": FLAG,
         "activation_checkpointing": FLAG,
         "optimizer": ["sgd", "", None],
         "keep_checkpoints": WHOLE,

@@ -395,6 +395,13 @@ def compiled(monkeypatch):
         assert len(asked) == wanted
 
 
+@shows(TrainConfig, "cuda_graphs")
+def cuda_graphs():
+    # With a recording in the place of a graph: test_train_graphs.
+    with pytest.raises(ValueError, match="cuda_graphs is True, and the model is on cpu, .*; leave cuda_graphs out"):
+        fitted(cuda_graphs=True)
+
+
 @shows(TrainConfig, "activation_checkpointing")
 def activation_checkpointing():
     runs, computed = [], []

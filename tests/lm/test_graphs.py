@@ -12,10 +12,13 @@ import random
 import pytest
 import torch
 from engine_traffic import TOKENIZER, Traffic, engine_for, finish, module_of, outcome, random_params, request_of
+from psann_fast import cuda_graphs
+from psann_fast.cuda_graphs import CaptureError
+from psann_fast.generate import engine as engine_module
 from psann_fast.generate import graphs, step_buffers
 from psann_fast.generate.cache import PagedCache
 from psann_fast.generate.decoder import decoder_for
-from psann_fast.generate.graphs import CaptureError, DecodeGraphs, decode_step, padded_rows, padded_width
+from psann_fast.generate.graphs import DecodeGraphs, decode_step, padded_rows, padded_width
 from psann_fast.generate.options import EngineOptions
 from psann_fast.generate.sampling import SamplingParams
 from psann_fast.generate.seen import SeenTokens
@@ -33,7 +36,7 @@ REFUSES = graphs.refuses
 def taped(monkeypatch):
     """Engines record their decode steps."""
     monkeypatch.setattr(graphs, "refuses", lambda module, block_size: None)
-    monkeypatch.setattr(graphs, "CUDACapture", lambda device: Tape.record)
+    monkeypatch.setattr(engine_module, "CUDACapture", lambda device: Tape.record)
     # Small tables, so that texts outgrow them.
     monkeypatch.setattr(graphs, "LEAST_WIDTH", 1)
     return monkeypatch
@@ -260,7 +263,7 @@ def test_a_graph_with_other_results_is_not_used(taped, caplog, harm):
 
         return harmed
 
-    taped.setattr(graphs, "CUDACapture", lambda device: wrong)
+    taped.setattr(engine_module, "CUDACapture", lambda device: wrong)
     module = module_of("respsann", "rope")
     ours, theirs = (request_of([5, 6, 7], SamplingParams(max_new_tokens=20, temperature=0.9, seed=2), logprobs=0) for _ in range(2))
     engine = written(module, [ours])
@@ -389,7 +392,7 @@ def test_a_lost_capture_is_told_from_a_lost_device(monkeypatch):
         graph_pool_handle=lambda: "pool", synchronize=lambda device: events.append("synchronize"),
     ).items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
-    capture = graphs.CUDACapture(torch.device("cuda"))
+    capture = cuda_graphs.CUDACapture(torch.device("cuda"))
     calls = []
     replay = capture(lambda: calls.append(1))
     assert len(calls) == 2, "once to warm up, once captured"
