@@ -17,7 +17,7 @@ from typing import Any, Callable
 from . import plots, suite
 from .conditions import table
 
-ORDER = ("device", "ops", "peers", "lm", "compile")
+ORDER = ("device", "ops", "peers", "lm", "decoding", "compile")
 GRACE = 60.0  # seconds beyond its limit that a section gets to finish a case before it is ended
 
 
@@ -53,6 +53,7 @@ def _run_section(section: str, options: argparse.Namespace, start: Callable[...,
 
 def arguments(section: str, options: argparse.Namespace, left: float, is_first: bool) -> list[str]:
     given = [
+        "--part",
         "--sections",
         section,
         "--out",
@@ -66,6 +67,7 @@ def arguments(section: str, options: argparse.Namespace, left: float, is_first: 
     ]
     given += ["--only", options.only] if options.only else []
     given += ["--rounds", str(options.rounds)] if options.rounds is not None else []
+    given += ["--rehearse"] if options.rehearse else []
     given += ["--no-compile"] if options.no_compile else []
     return given + (["--again"] if options.again and is_first else [])
 
@@ -86,6 +88,11 @@ def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def heads(folder: Path) -> list[dict[str, Any]]:
+    """The first line of each section's file."""
+    return [json.loads(path.read_text(encoding="utf-8").split("\n", 1)[0] or "{}") for path in sorted(folder.glob("*.jsonl"))]
+
+
 def summary(folder: Path) -> str:
     """What auto takes, one line a case, then what was lost, wrong, failed, refused or absent."""
     sections = read(folder)
@@ -94,10 +101,16 @@ def summary(folder: Path) -> str:
     served = [_line(row) for row in timed if row.get("is_auto")]
     if served:
         parts.append("ops, as backend=auto runs them (times_*: how many times as fast as that)\n" + table(served))
+    if any(line.get("conditions", {}).get("rehearsal") for line in heads(folder)):
+        parts.append("A REHEARSAL: tiny sizes on a CPU, kernels in an interpreter. These figures mean nothing.")
     models = [row for row in sections.get("lm", []) if "tokens_per_s" in row]
     if models:
-        keys = ("model", "size", "what", "backend", "tokens_per_s", "times_torch")
-        parts.append("lm\n" + table([{key: _blank(row[key]) for key in keys} for row in models]))
+        keys = ("model", "size", "what", "backend", "tokens_per_s", "times_torch", "mfu")
+        parts.append("lm\n" + table([{key: _blank(row.get(key)) for key in keys} for row in models]))
+    steps = [row for row in sections.get("decoding", []) if "step_ms" in row]
+    if steps:
+        keys = ("model", "size", "texts", "temperature", "backend", "how", "step_ms", "tokens_per_s", "of_bound")
+        parts.append("decoding, steps of one token a text\n" + table([{key: row[key] for key in keys} for row in steps]))
     lost = [
         {
             "section": section,

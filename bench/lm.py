@@ -1,12 +1,15 @@
 """Section lm: tokens a second of training and of decoding, both bases, per backend; "torch" is the same model in plain torch.
 
-A training step is loss, backward, clipping and fused AdamW, under bf16 autocast on a GPU and in float32 on a CPU. Decoding is the
-engine's whole run over random prompts at temperature 0, prompts included in its time and not in its tokens. Before the times each
-backend's logits are judged by the three witnesses.
+A training step is loss, backward, clipping and fused AdamW, under bf16 autocast on a GPU and in float32 on a CPU; "compiled" has
+the loss under torch.compile, "graphs" forward and backward as a CUDA graph. `mfu` is 6 FLOP a parameter and token over the matmul
+rate measured in the same process, `extra_mb` what a step holds at most beyond weights and optimizer state (a graph keeps its memory,
+so it has no such figure). Decoding is the engine's whole run over random prompts at temperature 0, prompts included in its time and
+not in its tokens. Before the times each backend's logits are judged by the three witnesses.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 from dataclasses import dataclass
@@ -17,17 +20,20 @@ from psann_kernels import BackendError
 from torch import Tensor, nn
 
 from psann_fast import ModelConfig, TrainConfig
+from psann_fast.cuda_graphs import CUDACapture
 from psann_fast.generate.engine import Request, run
 from psann_fast.generate.sampling import SamplingParams
 from psann_fast.generate.text import TextStream
 from psann_fast.models import build_model
+from psann_fast.train.graphs import StepGraphs
 from psann_fast.train.loss import LossModule
 from psann_fast.train.optim import build_optimizers
 from psann_fast.train.precision import autocast
+from psann_fast.train.speed import utilization
 
 from . import check, suite
 from .ops import BACKENDS, Bench
-from .timing import CPUTimer, Times
+from .timing import CPUTimer, Times, extra_bytes
 
 BASES = ("respsann", "waveresnet")
 NO_END = -1  # an id that is never drawn, so that every text has its full length
@@ -130,11 +136,50 @@ def train_rows(bench: Bench, base: str, name: str, size: Size) -> list[suite.Row
     models, rows = right_models(bench, base, size, head)
     batch = drawn(size, bench.device, size.rows, size.tokens)
     steps = {backend: step_of(model.train(), batch, bench.device) for backend, model in models.items()}
-    return rows + raced(bench, head, models, steps, size.rows * size.tokens)
+    fastest = next(iter(models), None)  # in the order of auto
+    for backend in dict.fromkeys(name for name in (fastest, "torch") if bench.has_compile and name in models):
+        models[f"{backend} compiled"] = model = copy.deepcopy(models[backend])
+        steps[f"{backend} compiled"] = step_of(model, batch, bench.device, is_compiled=True)
+    if bench.device.type == "cuda" and fastest is not None:
+        models[f"{fastest} graphs"] = model = copy.deepcopy(models[fastest])
+        steps[f"{fastest} graphs"] = graphed_step_of(model, batch, bench.device)
+    made_rows = raced(bench, head, models, steps, size.rows * size.tokens)
+    for row in made_rows:
+        if "tokens_per_s" in row:
+            backend = row["backend"]
+            row["mfu"] = utilization(row["tokens_per_s"], models[backend], amp_of(bench.device))
+            is_known = bench.device.type == "cuda" and not backend.endswith("graphs")
+            row["extra_mb"] = extra_bytes(steps[backend]) / 1e6 if is_known else None
+    return rows + made_rows
 
 
-def step_of(model: nn.Module, batch: Tensor, device: torch.device) -> Callable[[], None]:
+def graphed_step_of(model: nn.Module, batch: Tensor, device: torch.device) -> Callable[[], None]:
+    """As step_of, forward and backward as a CUDA graph."""
     loss_module = LossModule(model)
+    optimizers = build_optimizers(model, TrainConfig(lr=1e-4))
+    inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+    def micro_batch(ids: Tensor, targets: Tensor, starts: Tensor | None, count: int | Tensor) -> Tensor:
+        with autocast(amp_of(device), device):
+            loss = loss_module(ids, targets, starts) / count
+        loss.backward()
+        return loss.detach()
+
+    graphs = StepGraphs(micro_batch, list(model.parameters()), len(inputs), CUDACapture(device))
+
+    def step() -> None:
+        graphs.step([(inputs, targets, None)], targets.numel())
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return step
+
+
+def step_of(model: nn.Module, batch: Tensor, device: torch.device, is_compiled: bool = False) -> Callable[[], None]:
+    loss_module = LossModule(model)
+    if is_compiled:
+        loss_module.compile(dynamic=False)
     optimizers = build_optimizers(model, TrainConfig(lr=1e-4))
     inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 

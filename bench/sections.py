@@ -6,13 +6,14 @@ import argparse
 
 import torch
 
-from . import compiling, device, lm, ops, peers, suite
+from . import compiling, decoding, device, lm, ops, peers, suite
 from .timing import CPUTimer, CUDATimer
 
 SECTIONS = {
     "ops": ops.ops_section,
     "peers": peers.peers_section,
     "lm": lm.lm_section,
+    "decoding": decoding.decoding_section,
     "compile": compiling.compile_section,
     "device": device.device_section,
 }
@@ -20,7 +21,8 @@ SECTIONS = {
 
 def run(section: str, options: argparse.Namespace) -> suite.Report:
     bench = bench_of(options)
-    choices = {"size": bench.size, "rounds": bench.timer.rounds, "only": options.only, "has_compile": bench.has_compile}
+    choices = {"rehearsal": True} if options.rehearse else {}
+    choices |= {"size": bench.size, "rounds": bench.timer.rounds, "only": options.only, "has_compile": bench.has_compile}
     versions = {name: peers.installed(name) or "absent" for name in peers.SOUGHT} if section == "peers" else {}
     current = suite.conditions_of(section, **choices, peers=versions)
     return suite.run_section(options.out, section, SECTIONS[section](bench), current, again=options.again, limit=options.limit)

@@ -22,7 +22,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bench import __main__ as command  # noqa: E402 (bench is no installed package)
-from bench import cases, cases_attention, check, compiling, device, lease, ops, peers, plots, sections, suite, timing  # noqa: E402
+from bench import (  # noqa: E402
+    cases, cases_attention, check, compiling, decoding, device, lease, lm, ops, peers, plots, sections, suite, timing,
+)  # fmt: skip
 
 CONDITIONS = {"section": "ops", "commit": "abc", "date": "2026-01-01"}
 
@@ -508,11 +510,47 @@ def test_a_lease_runs_every_section_and_restarts_one_that_got_further(tmp_path, 
         ("ops", False),
         ("peers", True),
         ("lm", True),
+        ("decoding", True),
         ("compile", True),
     ]
     told = capsys.readouterr().out
     assert "peers: ended 60 s after its limit" in told and "lm: ended with status 1 and nothing new" in told
     assert "wrong (1 rows)\n  device: memcheck: bad read" in told
+
+
+def test_a_rehearsal_is_tiny_and_never_a_result(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # put back after the test
+    chosen = command.parser().parse_args(["--out", str(tmp_path), "--rehearse"])
+    command.rehearse(chosen)
+    assert (chosen.device, chosen.size, chosen.rounds) == ("cpu", "tiny", 2)
+    assert "--rehearse" in lease.arguments("ops", chosen, 10, True) and "--part" in lease.arguments("ops", chosen, 10, True)
+    with pytest.raises(SystemExit, match="a rehearsal's figures mean nothing; take a folder outside"):
+        command.rehearse(command.parser().parse_args(["--out", "bench/results/tiny", "--rehearse"]))
+    chosen.only = "damped_sine 32x48 float32"
+    sections.run("peers", chosen)
+    assert lines(tmp_path / "peers.jsonl")[0]["conditions"]["rehearsal"] is True
+    assert "A REHEARSAL" in lease.summary(tmp_path)
+
+
+def test_a_graphed_training_step_moves_the_weights_that_a_plain_one_moves(monkeypatch):
+    monkeypatch.setattr(lm, "CUDACapture", lambda device: lambda function: (function(), function)[1])
+    size, cpu = lm.SIZES["tiny"]["tiny"], torch.device("cpu")
+    batch, weights = lm.drawn(size, cpu, size.rows, size.tokens), []
+    for make in (lm.step_of, lm.graphed_step_of):
+        model = lm.made("respsann", size, "torch", cpu).train()
+        step = make(model, batch, cpu)
+        for _ in range(3):
+            step()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+def test_decoding_tells_steps_and_their_share_of_the_bound(tmp_path):
+    ((_, measure),) = decoding.decoding_section(tiny("decoding respsann tiny 3 texts temperature 0.8"))
+    refused, row = measure()
+    assert "the model is on cpu" in refused["refused"] and refused["how"] == "cuda graphs"
+    assert row["how"] == "eager" and row["texts"] == 3 and row["step_ms"] > 0 and 0 < row["of_bound"] < 1
+    assert row["tokens_per_s"] == pytest.approx(3 / row["step_ms"] * 1e3)
 
 
 def test_the_command_lists_the_other_programs_and_refuses_a_missing_gpu(tmp_path):
