@@ -5,8 +5,8 @@
 Each *_triton.py lists its configurations; the gate compiles exactly those, in processes of their own, with the Triton that is
 installed and the one under --triton-path (`pip install --no-deps --target FOLDER triton==3.6.0`). Results are kept in a cache by
 source, Triton version and target. What is asserted: shared memory within the target's limit; no spilled registers on sm_80 and
-sm_90; tensor-core instructions where the tiles allow them; no TF32; instructions of the sine kernels within budget; no 32-bit
-product in an address.
+sm_90; tensor-core instructions where the tiles allow them; TMA loads where there are descriptors; no TF32; instructions of the
+sine kernels within budget; no 32-bit product in an address.
 
 Instructions per element are static ones: of the main loop where there is one, else of the whole kernel with its prologue,
 divided by the elements that a thread handles in a pass (tile / 32 / warps). Every thread runs all of them, as nothing branches.
@@ -63,10 +63,8 @@ SPILLS: dict[tuple[str, str], tuple[int, str]] = {
     ("rope_attention dq full fp32 D=256", "sm_80"): (936, _WIDE),
     ("rope_attention dq full fp32 D=256", "sm_90"): (976, _WIDE),
     ("paged_attention split fp32 D=256 ROTARY=pairs BLOCK_SIZE=16 GROUP=2", "sm_90"): (8, _WIDE + " (Triton 3.6.0 alone)"),
-    ("rope_attention dk_dv full bf16 D=16", "sm_90"): (16, _ROUNDED),
     ("rope_attention dk_dv full bf16 D=32", "sm_90"): (104, _ROUNDED),
     ("rope_attention dk_dv full bf16 D=128", "sm_90"): (16, _ROUNDED),
-    ("rope_attention dk_dv plain bf16 D=128", "sm_90"): (40, _ROUNDED),
 }
 
 # Per element on sm_90, whole rows of a multiple of 16: how a name begins, and dtype -> (instructions, special function results).
@@ -93,6 +91,8 @@ class Result:
     hgmma: int = 0
     hmma: int = 0
     tf32: int = 0
+    descriptors: int = 0  # among the arguments
+    tma: int = 0
     dots: list[dict[str, Any]] = field(default_factory=list)
     unsafe: list[str] = field(default_factory=list)
 
@@ -113,6 +113,8 @@ class Result:
         if self.tf32:
             yield f"{self.tf32} TF32 instructions; float32 products must be exact"
         yield from self.unsafe
+        if self.descriptors and self.target.startswith("sm_") and not self.tma:
+            yield f"has {self.descriptors} tensor descriptors and no UTMALDG; tiles must be read by the tensor memory accelerator"
         if self.target == "sm_90":
             half = [dot for dot in self.dots if dot["dtype"] in ("f16", "bf16")]
             if any(dot["m"] >= 64 for dot in half) and not self.hgmma:
@@ -209,6 +211,7 @@ def compile_one(configuration: Any, target_name: str) -> Result:
         result.per_element, result.mufu_per_element = len(counted) / elements, sass.count(counted, "MUFU") / elements
         result.hgmma, result.hmma = code.count("HGMMA"), code.count("HMMA")
         result.tf32 = sum("TF32" in instruction.name for instruction in code.instructions)
+        result.descriptors, result.tma = sum(kind.startswith("tensordesc") for kind in signature.values()), code.count("UTMALDG")
     else:
         notes = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", compiled.asm["amdgcn"]))
         result.registers, result.stack = int(notes["vgpr_count"]), int(notes["private_segment_fixed_size"])
@@ -351,12 +354,15 @@ def run(
 
 def table_of(results: list[Result]) -> str:
     """The results as a Markdown table."""
-    heads = ("kernel", "target", "Triton", "registers", "stack", "shared", "instr / element", "MUFU / element", "HGMMA", "HMMA", "error")
+    heads = (
+        "kernel", "target", "Triton", "registers", "stack", "shared", "instr / element", "MUFU / element", "HGMMA", "HMMA", "UTMALDG",
+        "error",
+    )  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for r in results:
         per_element = (f"{r.per_element:.1f}", f"{r.mufu_per_element:.2f}") if r.per_element and r.name.startswith(tuple(SINE_BUDGETS)) else ("", "")
         error = r.error.splitlines()[0] if r.error else ""
-        cells = (r.name, r.target, r.triton, r.registers, r.stack, r.shared, *per_element, r.hgmma, r.hmma, error)
+        cells = (r.name, r.target, r.triton, r.registers, r.stack, r.shared, *per_element, r.hgmma, r.hmma, r.tma, error)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 

@@ -101,6 +101,13 @@ def test_the_gate_holds_the_sine_to_its_budget():
     ]
 
 
+def test_the_gate_wants_descriptors_to_be_used():
+    result = gate.Result("by descriptors", "sm_90", "0", descriptors=2, tma=8)
+    assert result.faults() == []
+    result.tma = 0
+    assert "has 2 tensor descriptors and no UTMALDG" in result.faults()[0]
+
+
 DEADLY = """
 import os
 from dataclasses import replace

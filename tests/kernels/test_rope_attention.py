@@ -328,6 +328,124 @@ def test_triton_walks_many_small_tiles(arguments, monkeypatch):
     judge("triton", [Case(100, 16, **arguments)])
 
 
+@pytest.fixture
+def described_calls(monkeypatch):
+    """Every head_dim and dtype reads by descriptors where tensors can have them; tensors of which one was made are listed."""
+    pytest.importorskip("triton")
+    from psann_kernels import rope_attention_backward_triton, rope_attention_tiles_triton, rope_attention_triton
+
+    for module, table in (
+        (rope_attention_triton, "TILES"),
+        (rope_attention_backward_triton, "KEY_TILES"),
+        (rope_attention_backward_triton, "QUERY_TILES"),
+    ):
+        # The same tiles as through pointers, so that bits are equal; few features in small ones, for ranges of every kind.
+        small = rope_attention_tiles_triton.Tile(*((16, 32) if table == "KEY_TILES" else (32, 16)), 4, 1)
+        tiles = getattr(module, table) | {(16, True): small}
+        monkeypatch.setattr(module, table, tiles)
+        monkeypatch.setattr(module, f"DESCRIBED_{table}", tiles)
+    made, describe = [], rope_attention_tiles_triton.described
+    monkeypatch.setattr(rope_attention_tiles_triton, "described", lambda t, block: made.append(t) or describe(t, block))
+    return made
+
+
+def test_three_witnesses_by_descriptors_triton(described_calls):
+    serving("triton")
+    cases = [*CASES, Case(100, 16, window=23), Case(100, 16, documents=[70, 30], window=40), Case(33, 64, keys=90, heads=(4, 2))]
+    judge("triton", cases)
+    # Three kernels, two tensors each; not where there is no query or key, a row of no whole 16 bytes, or halves padded apart.
+    excepted = [case for case in cases if not case.q.numel() or not case.k.numel() or case.q.shape[-1] == 15]
+    excepted += [case for case in cases if case.q.shape[-1] == 24 and not case.interleaved]
+    assert len(described_calls) == 6 * (len(cases) - len(excepted)) and len(excepted) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_three_witnesses_by_descriptors_triton_in_half_precision(dtype):
+    # The tiles that sm_90 takes.
+    serving("triton", dtype)
+    packed = Case(150, 64, documents=[20, 130], window=90, alibi=True, dtype=dtype)
+    judge("triton", [Case(150, 128, heads=(2, 1), dtype=dtype), packed])
+
+
+def test_triton_reads_by_pointers_what_no_descriptor_holds(described_calls):
+    serving("triton")
+    case = Case(17, 16, batch=2, heads=(2, 1), rotary=None)
+    tensors = [case.q, case.k, case.v, case.do]
+    expected = run(case.call("triton"), *tensors)
+    assert len(described_calls) == 6
+    wide = [torch.nn.functional.pad(t, (0, 2)) for t in tensors]
+    ways = {
+        "rows of no whole 16 bytes": [t[..., :16] for t in wide],
+        "a start off by one element": [torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape) for t in tensors],
+        "rows that repeat": [t[:, :1].expand(-1, 17, -1, -1) for t in tensors],
+    }
+    for way, awkward in ways.items():
+        described_calls.clear()
+        got = run(case.call("triton"), *awkward)
+        assert not described_calls, way
+        if way != "rows that repeat":
+            assert all(torch.equal(g, e) for g, e in zip(got, expected)), way
+    # A tensor apart is enough for a kernel to change its way: dk and dv read q and do, o and dq read k and v.
+    for place, count in ((0, 4), (1, 2), (2, 2), (3, 4)):
+        described_calls.clear()
+        got = run(case.call("triton"), *(ways["a start off by one element"][i] if i == place else t for i, t in enumerate(tensors)))
+        assert len(described_calls) == count and all(torch.equal(g, e) for g, e in zip(got, expected))
+
+
+@pytest.mark.parametrize(
+    "shape, strides, start, is_describable",
+    [
+        ((2, 3, 1, 8), (24, 8, 8, 1), 0, True),
+        ((1, 3, 1, 8), (3, 8, 5, 1), 0, True),  # the strides of single entries are never used
+        ((2, 3, 1, 8), (24, 8, 8, 1), 4, True),
+        ((2, 3, 1, 8), (24, 8, 8, 1), 2, False),
+        ((2, 3, 1, 8), (26, 8, 8, 1), 0, False),
+        ((2, 3, 1, 8), (24, 0, 8, 1), 0, False),
+        ((2, 3, 1, 8), (48, 16, 16, 2), 0, False),
+        ((2, 0, 1, 8), (8, 8, 8, 1), 0, False),
+        ((2, 3, 1, 8), (2**38, 8, 8, 1), 0, False),
+        ((2, 3, 1, 8), (2**38 - 4, 8, 8, 1), 0, True),
+    ],
+)
+def test_what_a_descriptor_holds(shape, strides, start, is_describable):
+    pytest.importorskip("triton")
+    from psann_kernels import descriptor_triton
+
+    class Described:  # a tensor of a terabyte, of which no element is read
+        dtype = torch.float32
+
+        def __init__(self):
+            self.shape = shape
+
+        def stride(self, place=None):
+            return strides if place is None else strides[place]
+
+        def element_size(self):
+            return 4
+
+        def data_ptr(self):
+            return 2**40 + start * 4
+
+    assert descriptor_triton.is_describable(Described()) is is_describable
+    if is_describable:
+        descriptor = descriptor_triton.described(Described(), [1, 16, 1, 8])
+        assert [s for n, s in zip(shape, descriptor.strides) if n != 1] == [s for n, s in zip(shape, strides) if n != 1]
+        assert all(stride % 4 == 0 for stride in descriptor.strides[:-1])
+
+
+@pytest.mark.parametrize(
+    "capability, hip, expected",
+    [((8, 0), None, False), ((9, 0), None, True), ((10, 3), None, True), ((12, 0), None, False), ((9, 4), "6.4", False)],
+)
+def test_which_gpus_read_by_descriptors(capability, hip, expected, monkeypatch):
+    pytest.importorskip("triton")
+    from psann_kernels import descriptor_triton
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert descriptor_triton.has_tma(torch.device("cuda", 0)) is expected
+
+
 def test_triton_library_op():
     serving("triton")
     from psann_kernels.rope_attention_backward_triton import rope_attention_triton_backward

@@ -28,6 +28,8 @@ from .rope_attention_tiles_triton import (
     document_start,
     features,
     load_operand,
+    load_rows,
+    memory,
     narrowing,
     operand,
     query_tile,
@@ -74,18 +76,19 @@ def _past_last_query(
 
 @triton.jit
 def _add_queries(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_t, do_t, c_k, inside_k, c_v, inside_v, n, origin, until, slope, scale,
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, b, h, q_t, do_t, c_k, inside_k, c_v, inside_v, n, origin, until, slope, scale,
     low, high, skip_low, skip_high, queries, keys,
-    BLOCK_M: tl.constexpr, MASKED: tl.constexpr, IS_BOUNDED: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, IS_BOUNDED: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, IS_DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """What queries low to high of one head, less skip_low to skip_high, add to dk and dv of the keys n.
 
     Scores are transposed, (keys, queries). `until` is one past the last query that sees each key.
     """
     for step in range(low, high - (skip_high - skip_low), BLOCK_M):
-        i = skipping(step, skip_low, skip_high) + tl.arange(0, BLOCK_M)
-        row = i.to(tl.int64)[:, None]
-        q = load_operand(q_ptr + row * q_t + c_k[None, :], (i < queries)[:, None] & inside_k[None, :])
+        at = skipping(step, skip_low, skip_high)
+        i = at + tl.arange(0, BLOCK_M)
+        q = load_rows(q_ptr, b, h, at, queries, q_t, c_k, inside_k, BLOCK_M, BLOCK_D, IS_DESCRIBED)
         # Rows past the end have an infinite log-sum-exp, so probability 0.
         lse = tl.load(lse_ptr + i, mask=i < queries, other=float("inf"))
         position = i + keys - queries
@@ -99,11 +102,11 @@ def _add_queries(
                 seen &= i[None, :] < until[:, None]
             p = tl.where(seen, p, 0.0)
 
-        do = load_operand(do_ptr + row * do_t + c_v[None, :], (i < queries)[:, None] & inside_v[None, :])
+        do = load_rows(do_ptr, b, h, at, queries, do_t, c_v, inside_v, BLOCK_M, BLOCK_D, IS_DESCRIBED)
         delta = tl.load(delta_ptr + i, mask=i < queries, other=0.0)
-        dv = tl.dot(operand(p, do_ptr.dtype.element_ty), do, dv, input_precision="ieee")
+        dv = tl.dot(operand(p, DTYPE), do, dv, input_precision="ieee")
         ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
-        dk = tl.dot(operand(ds, q_ptr.dtype.element_ty), q, dk, input_precision="ieee")
+        dk = tl.dot(operand(ds, DTYPE), q, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -113,7 +116,7 @@ def dk_dv_kernel(
     softmax_scale, queries, keys, rows, kv_heads, group, max_position, window,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     # rows is B * Hkv. The first keys are seen by most queries, so their tiles start first, as they should.
     program = tl.program_id(0).to(tl.int64)
@@ -125,6 +128,7 @@ def dk_dv_kernel(
     c_v, inside_v = features(D, BLOCK_D, "none")
     k = load_operand(k_ptr + b * k_b + kv_head * k_h + n64[:, None] * k_t + c_k[None, :], (n < keys)[:, None] & inside_k[None, :])
     v = load_operand(v_ptr + b * v_b + kv_head * v_h + n64[:, None] * v_t + c_v[None, :], (n < keys)[:, None] & inside_v[None, :])
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
     scale = softmax_scale * LOG2_E
 
     # The queries that see some of the keys, low to high, and those that see all of them, full_low to full_high.
@@ -144,21 +148,24 @@ def dk_dv_kernel(
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for member in range(0, group):
         h = kv_head * group + member
-        q_head, do_head = q_ptr + b * q_b + h * q_h, do_ptr + b * do_b + h * do_h
+        q_head, do_head = q_ptr, do_ptr
+        if not IS_DESCRIBED:
+            q_head += b * q_b + h * q_h
+            do_head += b * do_b + h * do_h
         lse_head = lse_ptr + (b * kv_heads * group + h) * queries
         delta_head = delta_ptr + (b * kv_heads * group + h) * queries
         slope = 0.0
         if HAS_ALIBI:
             slope = tl.load(slope_ptr + h) * LOG2_E
         dk, dv = _add_queries(
-            dk, dv, k, v, q_head, do_head, lse_head, delta_head, q_t, do_t, c_k, inside_k, c_v, inside_v, n, first_n, until, slope,
-            scale, low, high, full_low, full_high, queries, keys,
-            BLOCK_M, True, HAS_DOCUMENTS or HAS_WINDOW, HAS_ALIBI,
+            dk, dv, k, v, q_head, do_head, lse_head, delta_head, b, h, q_t, do_t, c_k, inside_k, c_v, inside_v, n, first_n, until,
+            slope, scale, low, high, full_low, full_high, queries, keys,
+            dtype, BLOCK_D, BLOCK_M, True, HAS_DOCUMENTS or HAS_WINDOW, HAS_ALIBI, IS_DESCRIBED,
         )  # fmt: skip
         dk, dv = _add_queries(
-            dk, dv, k, v, q_head, do_head, lse_head, delta_head, q_t, do_t, c_k, inside_k, c_v, inside_v, n, first_n, until, slope,
-            scale, full_low, full_high, 0, 0, queries, keys,
-            BLOCK_M, False, False, HAS_ALIBI,
+            dk, dv, k, v, q_head, do_head, lse_head, delta_head, b, h, q_t, do_t, c_k, inside_k, c_v, inside_v, n, first_n, until,
+            slope, scale, full_low, full_high, 0, 0, queries, keys,
+            dtype, BLOCK_D, BLOCK_M, False, False, HAS_ALIBI, IS_DESCRIBED,
         )  # fmt: skip
 
     out = ((b * keys + n64) * kv_heads + kv_head)[:, None] * D
@@ -173,28 +180,29 @@ def dk_dv_kernel(
 
 @triton.jit
 def _add_keys(
-    dq, q, do, lse, delta, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, origin, first, slope, scale,
+    dq, q, do, lse, delta, k_ptr, v_ptr, b, kv_head, k_t, v_t, c_k, inside_k, c_v, inside_v, position, origin, first, slope, scale,
     low, high, skip_low, skip_high, keys,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, IS_BOUNDED: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, IS_BOUNDED: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, IS_DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """What keys low to high, less skip_low to skip_high, add to dq of a tile of queries."""
     for step in range(low, high - (skip_high - skip_low), BLOCK_N):
-        n = skipping(step, skip_low, skip_high) + tl.arange(0, BLOCK_N)
-        row = n.to(tl.int64)[:, None]
-        k = load_operand(k_ptr + row * k_t + c_k[None, :], (n < keys)[:, None] & inside_k[None, :])
+        at = skipping(step, skip_low, skip_high)
+        n = at + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, b, kv_head, at, keys, k_t, c_k, inside_k, BLOCK_N, BLOCK_D, IS_DESCRIBED)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if HAS_ALIBI:
             s += slope * distance(n[None, :], position[:, None], origin)
         p = tl.exp2(s - lse[:, None])
 
-        v = load_operand(v_ptr + row * v_t + c_v[None, :], (n < keys)[:, None] & inside_v[None, :])
+        v = load_rows(v_ptr, b, kv_head, at, keys, v_t, c_v, inside_v, BLOCK_N, BLOCK_D, IS_DESCRIBED)
         ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
         if MASKED:
             seen = n[None, :] <= position[:, None]
             if IS_BOUNDED:
                 seen &= n[None, :] >= first[:, None]
             ds = tl.where(seen, ds, 0.0)
-        dq = tl.dot(operand(ds, k_ptr.dtype.element_ty), k, dq, input_precision="ieee")
+        dq = tl.dot(operand(ds, DTYPE), k, dq, input_precision="ieee")
     return dq
 
 
@@ -203,7 +211,7 @@ def dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, cos_ptr, sin_ptr, start_ptr, slope_ptr, dq_ptr, softmax_scale,
     queries, keys, rows, heads, group, max_position, window, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     row, b, h, i, position, start, first, origin, low, full_low, full_high, high = query_tile(
         queries, keys, rows, heads, start_ptr, window, BLOCK_M, BLOCK_N, HAS_DOCUMENTS, HAS_WINDOW
@@ -211,8 +219,11 @@ def dq_kernel(
     c_k, inside_k = features(D, BLOCK_D, ROTARY)
     c_v, inside_v = features(D, BLOCK_D, "none")
     here_k, here_v = (i < queries)[:, None] & inside_k[None, :], (i < queries)[:, None] & inside_v[None, :]
-    k_ptr += b * k_b + h // group * k_h
-    v_ptr += b * v_b + h // group * v_h
+    kv_head = h // group
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    if not IS_DESCRIBED:
+        k_ptr += b * k_b + kv_head * k_h
+        v_ptr += b * v_b + kv_head * v_h
 
     q = load_operand(q_ptr + b * q_b + h * q_h + i[:, None] * q_t + c_k[None, :], here_k)
     do = load_operand(do_ptr + b * do_b + h * do_h + i[:, None] * do_t + c_v[None, :], here_v)
@@ -225,12 +236,13 @@ def dq_kernel(
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     dq = _add_keys(
-        dq, q, do, lse, delta, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, origin, first, slope, scale,
-        full_low, full_high, 0, 0, keys, BLOCK_N, False, False, HAS_ALIBI,
+        dq, q, do, lse, delta, k_ptr, v_ptr, b, kv_head, k_t, v_t, c_k, inside_k, c_v, inside_v, position, origin, first, slope,
+        scale, full_low, full_high, 0, 0, keys, dtype, BLOCK_D, BLOCK_N, False, False, HAS_ALIBI, IS_DESCRIBED,
     )  # fmt: skip
     dq = _add_keys(
-        dq, q, do, lse, delta, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, origin, first, slope, scale,
-        low, high, full_low, full_high, keys, BLOCK_N, True, HAS_DOCUMENTS or HAS_WINDOW, HAS_ALIBI,
+        dq, q, do, lse, delta, k_ptr, v_ptr, b, kv_head, k_t, v_t, c_k, inside_k, c_v, inside_v, position, origin, first, slope,
+        scale, low, high, full_low, full_high, keys, dtype, BLOCK_D, BLOCK_N, True, HAS_DOCUMENTS or HAS_WINDOW, HAS_ALIBI,
+        IS_DESCRIBED,
     )  # fmt: skip
 
     dq *= softmax_scale
@@ -273,6 +285,10 @@ QUERY_TILES: Tiles = {
     (256, True): Tile(16, 16, 8, 2),
 }
 
+# More queries than these spill registers in the key kernel, by descriptors too.
+DESCRIBED_KEY_TILES: Tiles = {(64, False): Tile(32, 128, 8, 2), (128, False): Tile(32, 64, 8, 2)}
+DESCRIBED_QUERY_TILES: Tiles = {(64, False): Tile(128, 64, 8, 2), (128, False): Tile(128, 64, 8, 2)}
+
 
 def _delta(o: Tensor, do: Tensor) -> Tensor:
     batch, queries, heads, head_dim = o.shape
@@ -303,16 +319,20 @@ def _backward(
     width = narrowing(window, keys)
     constants = variant(head_dim, cos, interleaved, start, width, alibi_slopes)
     sizes = (heads // kv_heads, 0 if cos is None else cos.shape[0], width)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
-    tile = chosen(KEY_TILES, WARP_KEY_TILES, q)
+    q_strides, kv_strides, do_strides = q.stride()[:3], (*k.stride()[:3], *v.stride()[:3]), do.stride()[:3]
+    tile, is_described = chosen(KEY_TILES, WARP_KEY_TILES, DESCRIBED_KEY_TILES, constants["ROTARY"], q, do)
+    (read_q, read_do), strides = memory(tile.queries, is_described, q, do)
     dk_dv_kernel[(triton.cdiv(keys, tile.keys) * batch * kv_heads,)](
-        q, k, v, do, lse, delta, cos, sin, start, end, alibi_slopes, dk, dv, softmax_scale,
-        queries, keys, batch * kv_heads, kv_heads, *sizes, *strides, **constants, **tile.options(),
+        read_q, k, v, read_do, lse, delta, cos, sin, start, end, alibi_slopes, dk, dv, softmax_scale,
+        queries, keys, batch * kv_heads, kv_heads, *sizes, *strides[:3], *kv_strides, *strides[3:],
+        **constants, **tile.options(), IS_DESCRIBED=is_described,
     )  # fmt: skip
-    tile = chosen(QUERY_TILES, {}, q)
+    tile, is_described = chosen(QUERY_TILES, {}, DESCRIBED_QUERY_TILES, constants["ROTARY"], k, v)
+    (read_k, read_v), strides = memory(tile.keys, is_described, k, v)
     dq_kernel[(triton.cdiv(queries, tile.queries) * batch * heads,)](
-        q, k, v, do, lse, delta, cos, sin, start, alibi_slopes, dq, softmax_scale,
-        queries, keys, batch * heads, heads, *sizes, *strides, **constants, **tile.options(),
+        q, read_k, read_v, do, lse, delta, cos, sin, start, alibi_slopes, dq, softmax_scale,
+        queries, keys, batch * heads, heads, *sizes, *q_strides, *strides, *do_strides,
+        **constants, **tile.options(), IS_DESCRIBED=is_described,
     )  # fmt: skip
     return dq, dk, dv
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .descriptor_triton import described, has_tma, is_describable
 from .triton_support import INTERPRET, Configuration, narrow, widen
 
 
@@ -31,6 +32,22 @@ def load_operand(pointers, mask):
     if INTERPRET:
         return widen(x)
     return x
+
+
+@triton.jit
+def load_rows(
+    memory, b, h, first, rows, row_stride, c, inside, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, IS_DESCRIBED: tl.constexpr
+):  # fmt: skip
+    """Rows first to first + BLOCK of one head, (BLOCK, BLOCK_D), as an operand of tl.dot; 0 from `rows` on.
+
+    memory   a pointer to the head's first row; with IS_DESCRIBED, a descriptor of the whole tensor, where b and h place the head
+    """
+    if IS_DESCRIBED:
+        x = tl.reshape(memory.load([b.to(tl.int32), first, h.to(tl.int32), 0]), (BLOCK, BLOCK_D))
+        return widen(x) if INTERPRET else x
+    else:
+        r = first + tl.arange(0, BLOCK)
+        return load_operand(memory + r.to(tl.int64)[:, None] * row_stride + c[None, :], (r < rows)[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -188,12 +205,29 @@ class Tile(NamedTuple):
 Tiles = dict[tuple[int, bool], Tile]  # by BLOCK_D and whether the tensors are float32
 
 
-def chosen(tiles: Tiles, warp_tiles: Tiles, t: Tensor) -> Tile:
-    """The tile for tensors like t on its device. `warp_tiles` holds rows that differ where warps multiply matrices one by one."""
-    row = block_d(t.shape[-1]), t.dtype == torch.float32
+def chosen(tiles: Tiles, warp_tiles: Tiles, described_tiles: Tiles, rotary: str, *tensors: Tensor) -> tuple[Tile, bool]:
+    """The tile for tensors like the first, (B, T, H, D), on its device, and whether the kernel's loop reads them by descriptors.
+
+    warp_tiles        rows that differ where warps multiply matrices one by one
+    described_tiles   rows of which descriptors are made, if all `tensors`, what the loop reads, can have one
+    """
+    t = tensors[0]
+    columns = block_d(t.shape[-1])
+    row = columns, t.dtype == torch.float32
+    # Halves that are padded apart (see `features`) are no one piece of memory.
+    is_whole = rotary != "halves" or t.shape[-1] == columns
+    if row in described_tiles and is_whole and has_tma(t.device) and all(map(is_describable, tensors)):
+        return described_tiles[row], True
     # On sm_90 and sm_100 groups of four warps do, from shared memory; elsewhere operands take registers, so tiles are smaller.
     is_by_warp = t.device.type == "cuda" and torch.cuda.get_device_capability(t.device)[0] not in (9, 10)
-    return warp_tiles.get(row, tiles[row]) if is_by_warp else tiles[row]
+    return (warp_tiles.get(row, tiles[row]) if is_by_warp else tiles[row]), False
+
+
+def memory(rows: int, is_described: bool, *tensors: Tensor) -> tuple[list[Any], list[int]]:
+    """Tensors (B, T, H, D) as load_rows takes them in tiles of `rows`, and their strides of B, T and H: 0 beside descriptors."""
+    if is_described:
+        return [described(t, [1, rows, 1, block_d(t.shape[-1])]) for t in tensors], [0] * (3 * len(tensors))
+    return list(tensors), [stride for t in tensors for stride in t.stride()[:3]]
 
 
 def block_d(head_dim: int) -> int:
@@ -243,9 +277,12 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor | None, shift: in
 
 def configuration(
     kernel: Any, name: str, dtype: str, head_dim: int, tile: Tile | None, constants: dict[str, Any],
-    targets: tuple[str, ...] | None = None,
+    targets: tuple[str, ...] | None = None, described: dict[str, int] | None = None,
 ) -> Configuration:  # fmt: skip
-    """The form of `kernel` that its launcher compiles for contiguous tensors of `dtype` ("bf16", "fp16" or "fp32")."""
+    """The form of `kernel` that its launcher compiles for contiguous tensors of `dtype` ("bf16", "fp16" or "fp32").
+
+    described   the arguments that are descriptors, and the rows of their tiles
+    """
     constants = constants | dict(D=head_dim, BLOCK_D=block_d(head_dim))
     if tile is not None:
         constants |= dict(BLOCK_M=tile.queries, BLOCK_N=tile.keys)
@@ -259,6 +296,10 @@ def configuration(
     types = {"softmax_scale": "fp32", "start_ptr": "*i32:16", "end_ptr": "*i32:16"}
     types |= {f"{table}_ptr": "*fp32:16" for table in ("cos", "sin", "slope", "lse", "delta")}
     signature = {}
+    for argument, rows in (described or {}).items():
+        types[argument] = f"tensordesc<{dtype}[1,{rows},1,{block_d(head_dim)}]>"
+    if "IS_DESCRIBED" in kernel.arg_names:
+        constants["IS_DESCRIBED"] = described is not None
     for argument in kernel.arg_names:
         if absent.get(argument, False):
             constants[argument] = None

@@ -1,6 +1,8 @@
 """Triton twin of rope_attention. Read rope_attention.py first; rope_attention_tiles_triton.py has the parts that both directions
 share, rope_attention_backward_triton.py the gradients.
 
+Where the GPU and the strides allow it, the loops read their tiles by descriptors, elsewhere through pointers (`chosen`).
+
 Forward turns K in a pass of its own (reads and writes K once) and Q inside the kernel, once per tile: turning K in the loop
 would put it through registers for every tile of queries.  One program per tile of queries and head walks the keys that the
 tile needs, softmax online, and writes o and the log-sum-exp (base 2); scores never reach memory.  Tiles that every query of
@@ -29,6 +31,8 @@ from .rope_attention_tiles_triton import (
     distance,
     features,
     load_operand,
+    load_rows,
+    memory,
     narrowing,
     operand,
     query_tile,
@@ -45,15 +49,16 @@ from .triton_support import LOG2_E, Configuration, narrow, refuses_device, refus
 
 @triton.jit
 def _attend(
-    m, l, acc, q, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, origin, first, slope, scale, low,
+    m, l, acc, q, k_ptr, v_ptr, b, kv_head, k_t, v_t, c_k, inside_k, c_v, inside_v, position, origin, first, slope, scale, low,
     high, skip_low, skip_high, keys,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, IS_BOUNDED: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, IS_BOUNDED: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, IS_DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over keys low to high, less skip_low to skip_high. m is in units of log2; l, acc sum 2^(score - m)."""
     for step in range(low, high - (skip_high - skip_low), BLOCK_N):
-        n = skipping(step, skip_low, skip_high) + tl.arange(0, BLOCK_N)
-        row = n.to(tl.int64)[:, None]
-        k = load_operand(k_ptr + row * k_t + c_k[None, :], (n < keys)[:, None] & inside_k[None, :])
+        at = skipping(step, skip_low, skip_high)
+        n = at + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, b, kv_head, at, keys, k_t, c_k, inside_k, BLOCK_N, BLOCK_D, IS_DESCRIBED)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if HAS_ALIBI:
             s = s * scale + slope * distance(n[None, :], position[:, None], origin)
@@ -77,9 +82,9 @@ def _attend(
         fade = tl.exp2(m - shift)
 
         # V is masked too: p is 0 past the end, but 0 * NaN is NaN.
-        v = load_operand(v_ptr + row * v_t + c_v[None, :], (n < keys)[:, None] & inside_v[None, :])
+        v = load_rows(v_ptr, b, kv_head, at, keys, v_t, c_v, inside_v, BLOCK_N, BLOCK_D, IS_DESCRIBED)
         l = l * fade + tl.sum(p, 1)
-        acc = tl.dot(operand(p, v_ptr.dtype.element_ty), v, acc * fade[:, None], input_precision="ieee")
+        acc = tl.dot(operand(p, DTYPE), v, acc * fade[:, None], input_precision="ieee")
         m = m_next
     return m, l, acc
 
@@ -89,20 +94,23 @@ def _forward_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, start_ptr, slope_ptr, o_ptr, lse_ptr, softmax_scale,
     queries, keys, rows, heads, group, max_position, window, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     row, b, h, i, position, start, first, origin, low, full_low, full_high, high = query_tile(
         queries, keys, rows, heads, start_ptr, window, BLOCK_M, BLOCK_N, HAS_DOCUMENTS, HAS_WINDOW
     )
     c_k, inside_k = features(D, BLOCK_D, ROTARY)
     c_v, inside_v = features(D, BLOCK_D, "none")
-    k_ptr += b * k_b + h // group * k_h
-    v_ptr += b * v_b + h // group * v_h
+    kv_head = h // group
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    if not IS_DESCRIBED:
+        k_ptr += b * k_b + kv_head * k_h
+        v_ptr += b * v_b + kv_head * v_h
 
     q = load_operand(q_ptr + b * q_b + h * q_h + i[:, None] * q_t + c_k[None, :], (i < queries)[:, None] & inside_k[None, :])
     if ROTARY != "none":
         cos, sin = angles(cos_ptr, sin_ptr, position - start, i < queries, max_position, D, BLOCK_D)
-        q = operand(turn(q.to(tl.float32), cos, sin, BLOCK_M, BLOCK_D, ROTARY), q_ptr.dtype.element_ty)
+        q = operand(turn(q.to(tl.float32), cos, sin, BLOCK_M, BLOCK_D, ROTARY), dtype)
     scale = softmax_scale * LOG2_E
     slope = 0.0
     if HAS_ALIBI:
@@ -112,12 +120,13 @@ def _forward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     m, l, acc = _attend(
-        m, l, acc, q, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, origin, first, slope, scale,
-        full_low, full_high, 0, 0, keys, BLOCK_N, False, False, HAS_ALIBI,
+        m, l, acc, q, k_ptr, v_ptr, b, kv_head, k_t, v_t, c_k, inside_k, c_v, inside_v, position, origin, first, slope, scale,
+        full_low, full_high, 0, 0, keys, dtype, BLOCK_D, BLOCK_N, False, False, HAS_ALIBI, IS_DESCRIBED,
     )  # fmt: skip
     m, l, acc = _attend(
-        m, l, acc, q, k_ptr, v_ptr, k_t, v_t, c_k, inside_k, c_v, inside_v, position, origin, first, slope, scale,
-        low, high, full_low, full_high, keys, BLOCK_N, True, HAS_DOCUMENTS or HAS_WINDOW, HAS_ALIBI,
+        m, l, acc, q, k_ptr, v_ptr, b, kv_head, k_t, v_t, c_k, inside_k, c_v, inside_v, position, origin, first, slope, scale,
+        low, high, full_low, full_high, keys, dtype, BLOCK_D, BLOCK_N, True, HAS_DOCUMENTS or HAS_WINDOW, HAS_ALIBI,
+        IS_DESCRIBED,
     )  # fmt: skip
 
     # Queries without a key have l = 0: o is 0, and an infinite log-sum-exp makes their probabilities 0 in backward.
@@ -145,6 +154,9 @@ TILES: Tiles = {
     (256, True): Tile(16, 16, 8, 2),
 }
 WARP_TILES: Tiles = {(128, False): Tile(128, 32, 8, 2)}
+# Of heads of 64, two programs share a multiprocessor (at most 128 registers a thread without options); of heads of 128 one has it
+# alone, and may have more shared memory than small GPUs have.
+DESCRIBED_TILES: Tiles = {(64, False): Tile(128, 64, 8, 3), (128, False): Tile(128, 128, 8, 2)}
 
 
 def _forward(
@@ -161,12 +173,13 @@ def _forward(
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     if q.numel() == 0:
         return o, lse, turned_k
-    tile = chosen(TILES, WARP_TILES, q)
+    constants = variant(head_dim, cos, interleaved, start, width, alibi_slopes)
+    tile, is_described = chosen(TILES, WARP_TILES, DESCRIBED_TILES, constants["ROTARY"], k, v)
+    (k, v), strides = memory(tile.keys, is_described, k, v)
     _forward_kernel[(triton.cdiv(queries, tile.queries) * batch * heads,)](
         q, k, v, cos, sin, start, alibi_slopes, o, lse, softmax_scale,
         queries, keys, batch * heads, heads, heads // kv_heads, 0 if cos is None else cos.shape[0], width,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        **variant(head_dim, cos, interleaved, start, width, alibi_slopes), **tile.options(),
+        *q.stride()[:3], *strides, **constants, **tile.options(), IS_DESCRIBED=is_described,
     )  # fmt: skip
     return o, lse, turned_k
 
@@ -204,24 +217,33 @@ rope_attention_triton = define(
 def configurations() -> list[Configuration]:
     """Every row of the tables with all options on, which takes most registers, and the plain call at the usual widths.
 
-    Which options are on is the caller's choice; float16 compiles like bfloat16.
+    Which options are on is the caller's choice; float16 compiles like bfloat16. Left out are rows whose tile is the next width's
+    too, as that takes more of everything, and the plain call through pointers where only odd strides keep it from descriptors.
     """
     full = dict(ROTARY="halves", HAS_DOCUMENTS=True, HAS_WINDOW=True, HAS_ALIBI=True)
     plain = dict(ROTARY="pairs", HAS_DOCUMENTS=False, HAS_WINDOW=False, HAS_ALIBI=False)
     found = []
-    for kernel, tiles, warp_tiles in (
-        (_forward_kernel, TILES, WARP_TILES),
-        (backward.dk_dv_kernel, backward.KEY_TILES, backward.WARP_KEY_TILES),
-        (backward.dq_kernel, backward.QUERY_TILES, {}),
+    for kernel, tiles, warp_tiles, described_tiles in (
+        (_forward_kernel, TILES, WARP_TILES, DESCRIBED_TILES),
+        (backward.dk_dv_kernel, backward.KEY_TILES, backward.WARP_KEY_TILES, backward.DESCRIBED_KEY_TILES),
+        (backward.dq_kernel, backward.QUERY_TILES, {}, backward.DESCRIBED_QUERY_TILES),
     ):
+        for (width, _), tile in described_tiles.items():
+            arguments = ("q_ptr", "do_ptr") if kernel is backward.dk_dv_kernel else ("k_ptr", "v_ptr")
+            rows = dict.fromkeys(arguments, tile.queries if kernel is backward.dk_dv_kernel else tile.keys)
+            for form, options in (("full", full), ("plain", plain)):
+                name = f"{form} by descriptors"
+                found.append(configuration(kernel, name, "bf16", width, tile, options, ("sm_90", "sm_100"), described=rows))
         for (width, is_float32), tile in tiles.items():
             dtype = "fp32" if is_float32 else "bf16"
             own = warp_tiles.get((width, is_float32))
             targets = None if own is None else ("sm_90", "sm_100", "gfx942")
-            found.append(configuration(kernel, "full", dtype, width, tile, full, targets))
+            if tiles.get((2 * width, is_float32)) != tile:
+                found.append(configuration(kernel, "full", dtype, width, tile, full, targets))
             if own is not None:
                 found.append(configuration(kernel, "full by warp", dtype, width, own, full, ("sm_80", "sm_120")))
             if dtype == "bf16" and width in (64, 128):
+                targets = ("sm_80", "sm_120", "gfx942") if own is None else ("gfx942",)
                 found.append(configuration(kernel, "plain", dtype, width, tile, plain, targets))
     documents = dict(ROTARY="pairs", HAS_DOCUMENTS=True)
     return [
