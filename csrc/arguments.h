@@ -88,4 +88,10 @@ inline Linear linear(uintptr_t x, uintptr_t weight, uintptr_t scale, uintptr_t b
             static_cast<Type>(type), static_cast<Type>(weight_type), 0};
 }
 
+inline PackedLinear packed_linear(uintptr_t x, uintptr_t weight, uintptr_t scale, uintptr_t bias, uintptr_t y, int64_t rows, int64_t inputs,
+                                  int64_t outputs, int64_t x_stride, int type, int weight_type) {
+    return {at<void>(x), at<void>(weight), at<float>(scale), at<float>(bias), at<void>(y), rows, inputs, outputs, x_stride,
+            static_cast<Type>(type), static_cast<Type>(weight_type), 0};
+}
+
 }  // namespace arguments

@@ -31,6 +31,7 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "C++ kernels; see native.py";
     m.attr("source_hash") = PSANN_SOURCE_HASH;
     m.attr("wave_conv_max_taps") = WAVE_CONV_MAX_TAPS;
+    m.attr("packed_linear_panel") = PACKED_LINEAR_PANEL;
     m.def("share_openmp", &share_openmp);
     m.def("threading", &threading);
     m.def("use_isa", &use_isa);
@@ -43,6 +44,7 @@ PYBIND11_MODULE(_native, m) {
     PSANN_BIND(wave_conv_forward, WaveConvForward)
     PSANN_BIND(wave_conv_backward, WaveConvBackward)
     PSANN_BIND(linear, Linear)
+    PSANN_BIND(packed_linear, PackedLinear)
     bind(m, "paged_append", &arguments::paged_append, +[](const PagedAppend& a) {
         check_paged_append(a);
         kernels().paged_append(a);

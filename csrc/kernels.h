@@ -125,6 +125,17 @@ struct Linear {
     int threads;
 };
 
+// The same with the weight packed as (outputs / PACKED_LINEAR_PANEL rounded up, inputs, PACKED_LINEAR_PANEL), zeros past the last output.
+constexpr int PACKED_LINEAR_PANEL = 16;
+struct PackedLinear {
+    const void *x, *weight;
+    const float *scale, *bias;  // (outputs) or null
+    void* y;                    // contiguous
+    int64_t rows, inputs, outputs, x_stride;
+    Type type, weight_type;
+    int threads;
+};
+
 #define PSANN_KERNELS(X)                        \
     X(damped_sine_forward, DampedSineForward)   \
     X(damped_sine_backward, DampedSineBackward) \
@@ -134,7 +145,8 @@ struct Linear {
     X(wave_conv_backward, WaveConvBackward)     \
     X(paged_append, PagedAppend)                \
     X(paged_attention, PagedAttention)          \
-    X(linear, Linear)
+    X(linear, Linear)                           \
+    X(packed_linear, PackedLinear)
 
 #define PSANN_DECLARE(name, Arguments) void name(const Arguments&);
 #define PSANN_MEMBER(name, Arguments) void (*name)(const Arguments&);

@@ -66,7 +66,8 @@ typedef int8_t ByteAnywhere __attribute__((vector_size(WIDTH), aligned(1), may_a
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 
-INLINE Float all(float x) { return Float{} + x; }
+// x - 0 is x; 0 + x would turn -0 into 0, so the compiler would have to add.
+INLINE Float all(float x) { return x - Float{}; }
 
 INLINE Float load(const float* p) { return *reinterpret_cast<const FloatAnywhere*>(p); }
 INLINE void store(float* p, Float x) { *reinterpret_cast<FloatAnywhere*>(p) = x; }
@@ -257,6 +258,18 @@ template <class T> INLINE void load_pair(const T* p, int64_t count, Float (&out)
     T lanes[2 * WIDTH] = {};
     for (int64_t i = 0; i < count; i++) lanes[i] = p[i];
     load_pair(static_cast<const T*>(lanes), out);
+}
+// A pair of vectors in the order of memory, from the order of load_pair.
+template <class T> INLINE void straighten_pair(Float (&)[2], const T*) {}
+INLINE void straighten_pair(Float (&pair)[2], const bf16*) {
+#if defined(PSANN_AVX2)
+    __m256 low = _mm256_unpacklo_ps((__m256)pair[0], (__m256)pair[1]), high = _mm256_unpackhi_ps((__m256)pair[0], (__m256)pair[1]);
+    pair[0] = (Float)_mm256_permute2f128_ps(low, high, 0x20);
+    pair[1] = (Float)_mm256_permute2f128_ps(low, high, 0x31);
+#else
+    Float even = pair[0], odd = pair[1];
+    for (int i = 0; i < WIDTH; i++) pair[i / (WIDTH / 2)][i % (WIDTH / 2) * 2] = even[i], pair[i / (WIDTH / 2)][i % (WIDTH / 2) * 2 + 1] = odd[i];
+#endif
 }
 template <class T> INLINE int64_t place(int64_t k, const T*) { return k; }
 INLINE int64_t place(int64_t k, const bf16*) {

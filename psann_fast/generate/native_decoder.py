@@ -4,20 +4,21 @@ With one text the time of a step is that of reading the weights once, so what st
 that is one call by address into buffers made once for each number of rows, about 2 us, where a module's forward, the registry and
 an op's checks take 10 to 20. Read models/layers.py first: this is the same computation, and a test compares the two.
 
-Residual additions ride on the norms that follow them. Matrices may be held in bfloat16 or int8 (EngineOptions.weights); more than
-MAX_ROWS rows are a matter for torch's matrix product, with the same rounded weights in float32, made when they are first needed.
+Residual additions ride on the norms that follow them. Matrices may be held in bfloat16 or int8 (EngineOptions.weights). They are
+packed once, and one kernel multiplies one row or a whole chunk of a prompt with them, bit for bit as it would each row alone.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Callable, Iterator
 from weakref import WeakKeyDictionary
 
 import torch
 from psann_kernels.damped_sine import MODES
 from psann_kernels.linear import quantize
+from psann_kernels.linear_native import WEIGHT_TYPES
 from psann_kernels.native import NATIVE, TYPES, WHY_NOT, address
+from psann_kernels.packed_linear import pack
 from torch import Tensor, nn
 
 from ..models import CacheView
@@ -28,9 +29,6 @@ from ..models.waveresnet import WaveResNetBlock
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
-WEIGHT_TYPES = {**TYPES, torch.int8: 3}
-# As linear_native serves; more rows reuse each weight enough for a product that blocks for the caches.
-MAX_ROWS = 8
 # Programs are kept for steps of at most this many rows; that of a prompt's chunk is made anew, for its buffers are large.
 KEPT_ROWS = 64
 
@@ -68,43 +66,23 @@ class Matrix:
             weight = weight.to(torch.bfloat16)
         elif weights == "int8":
             weight, self.scale = quantize(weight)
-        self.weight = weight.contiguous()
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         assert len(biases) in (0, len(layers)), "some of the layers have a bias and some have none"
-        self.bias = torch.cat(biases) if biases else None
-        self._bias32 = None if self.bias is None else self.bias.float().contiguous()
+        self._bias = torch.cat(biases).float() if biases else None
         self.outputs, self.inputs = weight.shape
-        self._wide: Tensor | None = None
-        self._packed: Tensor | None = None
+        self._packed = pack(weight)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights that a product reads."""
+        return self.outputs * self.inputs * self._packed.element_size()
 
     def call(self, x: Tensor, y: Tensor) -> Call:
         """Write x (rows, inputs) times the weight, plus bias, into y (rows, outputs); both contiguous, of one dtype."""
-        rows = x.shape[0]
-        if rows <= MAX_ROWS:
-            return NATIVE.linear, (
-                x.data_ptr(), self.weight.data_ptr(), address(self.scale), address(self._bias32), y.data_ptr(), rows, self.inputs,
-                self.outputs, self.inputs, self.inputs, TYPES[x.dtype], WEIGHT_TYPES[self.weight.dtype], torch.get_num_threads(),
-            )  # fmt: skip
-        if self._wide is None:
-            wide = self.weight if self.scale is None else self.weight.float() * self.scale[:, None]
-            self._wide = wide.to(x.dtype)
-        if rows <= KEPT_ROWS and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            if self._packed is None:
-                self._packed = torch.ops.mkldnn._reorder_linear_weight(self._wide, KEPT_ROWS)
-            return _packed_linear, (x, self._packed, self.bias, y)
-        if self.bias is None:
-            return partial(torch.mm, out=y), (x, self._wide.t())
-        return partial(torch.addmm, out=y), (self.bias, x, self._wide.t())
-
-
-def padded(rows: int) -> int:
-    """Rows of the buffers of a step. oneDNN keeps compiled code for every number that it meets, 60 MB in all; sixteens are few."""
-    return -(-rows // 16) * 16 if MAX_ROWS < rows <= KEPT_ROWS else rows
-
-
-def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """oneDNN's product with a weight in blocks: 0.6 of a plain one's time for 16 rows, 0.7 for 32 (2048 x 512, AVX2)."""
-    y.copy_(torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
+        return NATIVE.packed_linear, (
+            x.data_ptr(), self._packed.data_ptr(), address(self.scale), address(self._bias), y.data_ptr(), x.shape[0], self.inputs,
+            self.outputs, self.inputs, TYPES[x.dtype], WEIGHT_TYPES[self._packed.dtype], torch.get_num_threads(),
+        )  # fmt: skip
 
 
 class Norm:
@@ -193,7 +171,7 @@ class Weights:
     def bytes_read(self) -> int:
         """Bytes of weights that a step of one token reads."""
         matrices = [m for layer in self.layers for m in layer.matrices] + [self.head]
-        return sum(m.weight.numel() * m.weight.element_size() for m in matrices)
+        return sum(m.bytes_read for m in matrices)
 
 
 class Program:
@@ -202,11 +180,9 @@ class Program:
     def __init__(self, weights: Weights, rows: int) -> None:
         config, dtype = weights.config, weights.embedding.dtype
         kv_width = config.n_kv_heads * config.head_dim
-        # Calls hold addresses, not tensors, so all buffers are kept. Matrices get all rows of one, the others those that are used.
+        # Calls hold addresses, not tensors, so all buffers are kept.
         widths = [config.d_model] * 4 + [config.d_model + 2 * kv_width, config.d_mlp]
-        self._whole = [torch.zeros(padded(rows), width, dtype=dtype) for width in widths]
-        self.x, self.n, self._added, self._o, self._qkv, z = (buffer[:rows] for buffer in self._whole)
-        _, whole_n, whole_added, whole_o, whole_qkv, whole_z = self._whole
+        self.x, self.n, self._added, self._o, self._qkv, self._z = (torch.empty(rows, width, dtype=dtype) for width in widths)
         self._num_heads, self._layers = config.n_heads, weights.layers
         # For each layer: calls up to its convolution, if it has one, those up to attention, and those after it.
         self._parts: list[tuple[list[Call], list[Call], list[Call]]] = []
@@ -216,12 +192,12 @@ class Program:
             if layer.wave is not None:
                 before = [layer.wave.norm.call(self.x, added, self.n)]
                 added = self._added
-            middle = [] if layer.wave is None else [layer.wave.out.call(whole_o, whole_added)]
+            middle = [] if layer.wave is None else [layer.wave.out.call(self._o, self._added)]
             middle.append(layer.norm1.call(self.x, added, self.n))
-            middle.append(layer.qkv.call(whole_n, whole_qkv))
+            middle.append(layer.qkv.call(self.n, self._qkv))
             added = self._added
-            after = [layer.o.call(whole_o, whole_added), layer.norm2.call(self.x, added, self.n)]
-            after += [layer.fc1.call(whole_n, whole_z), layer.sine.call(z), layer.fc2.call(whole_z, whole_added)]
+            after = [layer.o.call(self._o, self._added), layer.norm2.call(self.x, added, self.n)]
+            after += [layer.fc1.call(self.n, self._z), layer.sine.call(self._z), layer.fc2.call(self._z, self._added)]
             if layer.alpha != 1.0:
                 after.append((added.mul_, (layer.alpha,)))
             self._parts.append((before, middle, after))
@@ -289,14 +265,11 @@ class NativeDecoder:
         return program.run(view)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        rows = len(hidden)
         x = hidden.contiguous()  # held, since the call knows only its address
-        if padded(rows) > rows:
-            x = torch.cat((x, x.new_zeros(padded(rows) - rows, x.shape[1])))
         y = x.new_empty(len(x), self.weights.head.outputs)
         function, arguments = self.weights.head.call(x, y)
         function(*arguments)
-        return y[:rows]
+        return y
 
     def _program(self, rows: int) -> Program:
         key = rows, torch.get_num_threads()

@@ -115,6 +115,14 @@ static void linears(Type type, Type weight_type, int64_t rows, int64_t inputs, i
     y.print();
 }
 
+static void packed_linears(Type type, Type weight_type, int64_t rows, int64_t inputs, int64_t outputs) {
+    int64_t panels = (outputs + PACKED_LINEAR_PANEL - 1) / PACKED_LINEAR_PANEL;
+    Buffer x(type, static_cast<size_t>(rows * inputs), 0.25, 1), weight(weight_type, static_cast<size_t>(inputs * panels * PACKED_LINEAR_PANEL), 0.25, 1), y(type, static_cast<size_t>(rows * outputs), 0, 0);
+    Buffer scale(Type::FLOAT32, static_cast<size_t>(outputs), 0.1, 1), bias(Type::FLOAT32, static_cast<size_t>(outputs), 0, 1);
+    packed_linear({x.data, weight.data, weight_type == Type::INT8 ? scale.floats() : nullptr, bias.floats(), y.data, rows, inputs, outputs, inputs, type, weight_type, 2});
+    y.print();
+}
+
 int main() {
     const Type types[] = {Type::FLOAT32, Type::BFLOAT16, Type::FLOAT16};
     for (Type type : types) {
@@ -136,6 +144,10 @@ int main() {
             for (int64_t rows : {1, 2, 3, 8})
                 for (int64_t inputs : {1, 15, 33, 300})
                     for (int64_t outputs : {1, 3, 18}) linears(type, weight_type, rows, inputs, outputs);
+        for (Type weight_type : {Type::FLOAT32, Type::BFLOAT16, Type::FLOAT16, Type::INT8})
+            for (int64_t rows : {1, 2, 3, 7, 25, 130})
+                for (int64_t inputs : {1, 15, 259})
+                    for (int64_t outputs : {1, 16, 70}) packed_linears(type, weight_type, rows, inputs, outputs);
     }
     return 0;
 }

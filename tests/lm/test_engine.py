@@ -301,7 +301,7 @@ def test_rounded_weights_are_the_same_for_few_rows_and_many(weights):
                 whole, scale = quantize(layer.weight.data)
                 narrow = whole.float() * scale[:, None]
             layer.weight.data = narrow
-    rows, cuts = tokens(2, 14).tolist(), [(0, 7), (7, 8), (8, 14)]  # 14, 2 and 12 rows: MAX_ROWS lies between
+    rows, cuts = tokens(2, 14).tolist(), [(0, 7), (7, 8), (8, 14)]  # 14, 2 and 12 rows
     ours = step_logits(decoder_for(module, weights), module, rows, cuts)
     expected = step_logits(ModuleDecoder(rounded), rounded, rows, cuts)
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
