@@ -6,8 +6,9 @@
 // one or two rows leave registers free, several panels go together: more sums hide an addition's latency, and memory is read as
 // several streams.
 //
-// An output is one chain of additions over the inputs in order, wherever blocks and tiles end. So it depends on its own row alone,
-// bit for bit: not on how many rows there are, on the threads, or on the instruction set where all have fma.
+// An output's products are added up in order within a block of inputs, and blocks in order, whatever else is computed beside it. So it
+// depends on its own row alone, bit for bit: not on how many rows there are, on the threads, or on the instruction set where all have
+// fma.
 #include "../kernels.h"
 #include "../memory.h"
 #include "../threads.h"
@@ -89,7 +90,7 @@ template <class W> struct Tile {
     int64_t inputs;
     const char* ahead;  // asked for meanwhile
     float* widened;     // (inputs, PANEL): gets the weights as floats, for the tiles that follow
-    const float* sums;  // (rows, PANEL): of the blocks before; null: there are none
+    const float* sums;  // (panels, rows, PANEL): of the blocks before; null: there are none
     bool is_last;       // outputs are written; else the sums are kept
 };
 
@@ -98,7 +99,7 @@ template <int R, int P, bool WIDENS, class W, class Write> INLINE void add_produ
     Float s[P][R][VECTORS];
     UNROLL for (int p = 0; p < P; p++)
         UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int v = 0; v < VECTORS; v++) s[p][r][v] = t.sums == nullptr ? Float{} : load(t.sums + r * PANEL + v * WIDTH);
+            UNROLL for (int v = 0; v < VECTORS; v++) s[p][r][v] = Float{};
     const float* x = t.x;
     const W* weight = t.weight;
     const char* ahead = t.ahead;
@@ -132,12 +133,18 @@ template <int R, int P, bool WIDENS, class W, class Write> INLINE void add_produ
         weight += PANEL;
         if (WIDENS) widened += PANEL;
     }
+    if (t.sums != nullptr) {
+        UNROLL for (int p = 0; p < P; p++)
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int v = 0; v < VECTORS; v++) s[p][r][v] += load(t.sums + (p * R + r) * PANEL + v * WIDTH);
+    }
     if (t.is_last) {
         UNROLL for (int p = 0; p < P; p++)
             UNROLL for (int r = 0; r < R; r++) write_row(p, r, s[p][r]);
     } else {
-        UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int v = 0; v < VECTORS; v++) store(sums + r * PANEL + v * WIDTH, s[0][r][v]);
+        UNROLL for (int p = 0; p < P; p++)
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int v = 0; v < VECTORS; v++) store(sums + (p * R + r) * PANEL + v * WIDTH, s[p][r][v]);
     }
 }
 
@@ -157,10 +164,14 @@ static void add_tile(const PackedLinear& a, int64_t row, int64_t rows, int64_t o
 // P panels, `step` apart, for the R rows that there are.
 template <int R, int P, class W> INLINE void few_rows(const PackedLinear& a, const float* x, int64_t x_stride, int64_t panel, int64_t step) {
     int64_t stride = a.inputs * PANEL;
-    const W* weight = static_cast<const W*>(a.weight) + panel * stride;
-    // The hardware fetches ahead within each panel.
-    Tile<W> t = {x, x_stride, weight, step * stride, a.inputs, reinterpret_cast<const char*>(x), nullptr, nullptr, true};
-    add_products<R, P, false>(t, nullptr, [&](int p, int r, Float (&sums)[VECTORS]) INLINE_LAMBDA { write<W>(a, r, (panel + p * step) * PANEL, sums); });
+    alignas(64) float sums[P * R * PANEL];
+    for (int64_t k = 0; k == 0 || k < a.inputs; k += BLOCK) {
+        const W* weight = static_cast<const W*>(a.weight) + panel * stride + k * PANEL;
+        // The hardware fetches ahead within each panel.
+        Tile<W> t = {x + k, x_stride, weight, step * stride, smaller(BLOCK, a.inputs - k), reinterpret_cast<const char*>(x), nullptr,
+                     k == 0 ? nullptr : sums, k + BLOCK >= a.inputs};
+        add_products<R, P, false>(t, sums, [&](int p, int r, Float (&own)[VECTORS]) INLINE_LAMBDA { write<W>(a, r, (panel + p * step) * PANEL, own); });
+    }
 }
 
 // Panels begin to end - 1 for `rows` rows from `first` on.

@@ -375,8 +375,6 @@ def run(
     tokens = max(longest.longest, min(wanted, MAX_CACHED_TOKENS, capacity))
     rows = min(MAX_ROWS, len(requests))
     engine = Engine(module, eos_id, vocab_size, cache_tokens=tokens, max_rows=rows, options=options)
-    if engine.device.type == "cpu":
-        engine.cache.hold_all()  # what is never touched takes no memory there, and growing would copy what is
     for request in requests:
         engine.add(request)
     return _steps(engine)
