@@ -10,10 +10,15 @@ import torch
 from psann_kernels import (
     OPS, DampedSine, DampedSineMLP, paged_append, paged_attention, rms_norm, rope_attention, rotary_tables, wave_conv,
 )  # fmt: skip
+from psann_kernels.modules import is_plain_linear
 from psann_kernels.registry import Op, for_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..config import ModelConfig
+
+# Tokens from which on three matrices are laid side by side for one product: a pass over them against a pass for each token.
+ENOUGH_TOKENS = 128
 
 ExampleCalls = Iterator[tuple[Op, str, tuple[Any, ...], dict[str, Any]]]
 
@@ -145,9 +150,9 @@ class Attention(nn.Module):
         }
 
     def forward(self, x: Tensor, where: Window | CacheView, layer: int) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        q, k, v = self._projected(x, isinstance(where, Window))
+        q = q.unflatten(-1, (self.num_heads, self.head_dim))
+        k, v = (t.unflatten(-1, (self.num_kv_heads, self.head_dim)) for t in (k, v))
         slopes = None if self.slopes is None else self.slopes.beside(q)
         if isinstance(where, Window):
             y = rope_attention(
@@ -164,6 +169,15 @@ class Attention(nn.Module):
                 cos=where.cos, sin=where.sin, alibi_slopes=slopes, backend=self.backends["paged_attention"],
             )  # fmt: skip
         return self.dropout(self.o_proj(y.flatten(-2)))
+
+    def _projected(self, x: Tensor, is_window: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v (..., width). Of whole windows by one product, whose gradients are one product each too; for the few tokens of a
+        decoding step, laying the matrices side by side would take longer than multiplying them."""
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        if not (is_window and x.shape[:-1].numel() >= ENOUGH_TOKENS and all(map(is_plain_linear, parts))):
+            return tuple(part(x) for part in parts)
+        weights = [part.weight for part in parts]
+        return F.linear(x, torch.cat(weights)).split([len(weight) for weight in weights], -1)
 
     def example_calls(self) -> ExampleCalls:
         new = self.q_proj.weight.new_empty

@@ -40,6 +40,8 @@ FREE_TO_CHANGE = (
 # And these, which make it longer or shorter: the schedule follows them from there on.
 FREE_WITH_NOTICE = ("epochs", "max_steps")
 
+CLIP_MARGIN = 1e-6  # torch adds it to the norm that it divides by
+
 Row = dict[str, Any]
 
 
@@ -196,8 +198,7 @@ class _Training:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 self.scaler.unscale_(optimizer)  # before clipping, which must see true norms
-            norm = nn.utils.clip_grad_norm_(self.learning, config.grad_clip if config.grad_clip > 0 else math.inf)
-            norm = snapshot.whole(norm)
+            norm = clip(self.learning, config.grad_clip if config.grad_clip > 0 else math.inf)
         self.guard.step(step + 1, loss, norm)
         if self.graphs is None:
             for parameter in self.learning:
@@ -375,6 +376,18 @@ class _Training:
             _LOG.warning("the run has gone %d steps already, and is to have %d", resumed.step, self.plan.total_steps)
         else:
             _LOG.info("continuing after step %d of %d", resumed.step, self.plan.total_steps)
+
+
+def clip(parameters: list[nn.Parameter], most: float) -> Tensor:
+    """Scale the gradients so that the norm of all of them together is at most `most`; returns the norm () that they had.
+
+    As torch.nn.utils.clip_grad_norm_, which multiplies by 1 too: on a CPU the norm is looked at, and that pass left out.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if norm.device.type != "cpu" or hasattr(norm, "full_tensor") or not norm + CLIP_MARGIN <= most or norm == math.inf:
+        nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return snapshot.whole(norm)
 
 
 def check_same_run(state: Mapping[str, Any], config: TrainConfig, examples: Examples) -> None:

@@ -10,7 +10,7 @@ import torch
 from psann_fast import register_base
 from psann_fast.models import LanguageModel, build_model, registry
 from psann_fast.models.language_model import document_offsets, sinusoidal, window_positions
-from psann_fast.models.layers import alibi_slopes
+from psann_fast.models.layers import ENOUGH_TOKENS, alibi_slopes
 from psann_fast.models.respsann import ResPSANNBlock
 from tiny import BASES, POSITIONS, VOCABULARY, tiny, tiny_config, tokens
 from torch import nn
@@ -262,6 +262,35 @@ def test_the_order_of_earlier_tokens_matters(positions):
     assert ids[0, 2] != ids[0, 5]
     with torch.no_grad():
         assert (module(ids)[0, -1] - module(swapped)[0, -1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("n_kv_heads", [2, 1])
+def test_one_product_for_q_k_and_v_is_three(n_kv_heads):
+    attn = tiny(n_kv_heads=n_kv_heads).blocks[0].attn
+    x = torch.randn(2, ENOUGH_TOKENS // 2, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    parts = (attn.q_proj, attn.k_proj, attn.v_proj)
+    found = []
+    for is_window in (True, False):
+        outputs = attn._projected(x, is_window)
+        total = sum((output * torch.arange(output.shape[-1])).square().sum() for output in outputs)
+        found.append([*outputs, *torch.autograd.grad(total, [x, *(part.weight for part in parts)])])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+    assert [output.shape[-1] for output in found[0][:3]] == [16, 8 * n_kv_heads, 8 * n_kv_heads]
+
+
+def test_a_projection_with_a_hook_or_of_another_class_is_called():
+    """An adapter's part would otherwise be passed over."""
+    module, ids = tiny(), tokens(2, ENOUGH_TOKENS)
+    plain, part = module(ids), module.blocks[1].attn.k_proj
+    handle = part.register_forward_hook(lambda _, given, taken: taken * 2)
+    hooked = module(ids)
+    handle.remove()
+    assert torch.equal(module(ids), plain) and not torch.allclose(hooked, plain)
+    module.blocks[1].attn.k_proj = nn.Sequential(part)
+    with torch.no_grad():
+        part.weight *= 2
+    torch.testing.assert_close(module(ids), hooked)
 
 
 def test_alibi_slopes_are_blooms():

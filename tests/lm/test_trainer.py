@@ -169,6 +169,22 @@ def test_gradients_are_clipped_to_a_global_norm(stepped):
         stepped.clear()
 
 
+@pytest.mark.parametrize("most", [0.5, 4.999998, 4.999999, 5.0, 5.000001, 5.000002, 9.0, math.inf])
+@pytest.mark.parametrize("worst", [4.0, math.nan, math.inf])
+def test_clipping_is_torchs_to_the_bit(most, worst):
+    def parameters():
+        found = [torch.nn.Parameter(torch.zeros(n)) for n in (1, 2, 3)]
+        found[0].grad, found[1].grad = torch.tensor([3.0]), torch.tensor([0.0, worst])
+        return found
+
+    ours, theirs = parameters(), parameters()
+    norms = trainer.clip(ours, most), torch.nn.utils.clip_grad_norm_(theirs, most)
+    torch.testing.assert_close(*norms, rtol=0, atol=0, equal_nan=True)
+    for one, other in zip(ours[:2], theirs[:2]):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0, equal_nan=True)
+    assert ours[2].grad is None
+
+
 @pytest.mark.parametrize("base", BASES)
 def test_only_matrices_decay(base):
     weights = []

@@ -24,6 +24,16 @@ ExampleCalls = Iterator[tuple[Op, str, tuple[Any, ...], dict[str, Any]]]
 FREQUENCY_FLOOR = 1e-6
 
 
+def is_plain_linear(part: nn.Module) -> bool:
+    """Whether `part` is an nn.Linear with nothing of anybody else's around it (hooks, an adapter): its weight says all that it does."""
+    return _is_plain(part, nn.Linear)
+
+
+def _is_plain(part: nn.Module, kind: type[nn.Module]) -> bool:
+    has_hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+    return type(part) is kind and not has_hooks and "forward" not in part.__dict__
+
+
 class DampedSine(nn.Module):
     """y = amplitude * exp(-damping * g(z)) * sin(frequency * z) with learnable positive parameters, one triple per feature.
 
@@ -140,12 +150,7 @@ class DampedSineMLP(nn.Module):
 
     def _has_own_parts(self) -> bool:
         """Whether the three parts are what __init__ made, with nothing of anybody else's around them."""
-        return all(
-            type(part) is kind
-            and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
-            and "forward" not in part.__dict__
-            for part, kind in ((self.fc1, nn.Linear), (self.act, DampedSine), (self.fc2, nn.Linear))
-        )
+        return is_plain_linear(self.fc1) and _is_plain(self.act, DampedSine) and is_plain_linear(self.fc2)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         return self.fc1.weight, self.fc1.bias, *self.act.parameters_of_sine(), self.fc2.weight, self.fc2.bias

@@ -100,8 +100,9 @@ def reference(
         start, _ = document_bounds(cu_seqlens, batch * keys, row_length=keys)
         first = (start.view(batch, keys) - keys * torch.arange(batch, device=q.device).unsqueeze(1)).long()
     if cos is not None:
-        q = rotate(q, cos, sin, positions=query - first, interleaved=interleaved)
-        k = rotate(k, cos, sin, positions=key - first if cu_seqlens is not None else key, interleaved=interleaved)
+        is_packed = cu_seqlens is not None
+        q = rotate(q, cos, sin, positions=query - first if is_packed or queries < keys else None, interleaved=interleaved)
+        k = rotate(k, cos, sin, positions=key - first if is_packed else None, interleaved=interleaved)
 
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if queries == keys and cu_seqlens is None and window is None and alibi_slopes is None:
