@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import logging
@@ -10,7 +11,7 @@ import os
 from collections import deque
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from .corpora import corpus_files, documents
 from .cutting import cut
 from .shards import INDEX, ShardWriter, token_dtype, write_index
-from .tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files, train_tokenizer
+from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 LOGGER = logging.getLogger("psann_fast")
 
@@ -55,20 +56,22 @@ def tokenize(
     out, files = Path(out), corpus_files(paths)
     if (out / INDEX).exists():
         raise ValueError(f"{out} holds token shards already; choose another folder, or remove it")
-    read = lambda: documents(files, field=field, by_line=by_line)  # noqa: E731 (two uses)
     if tokenizer_model_path is not None:
         tokenizer = load_tokenizer(tokenizer_model_path)
-    elif isinstance(tokenizer, str):
-        # A long document in pieces of a mebibyte: the sample is of pieces anyway.
-        tokenizer = train_tokenizer(tokenizer, itertools.chain.from_iterable(read()), vocab_size, seed=seed)
-    out.mkdir(parents=True, exist_ok=True)
-    dtype = token_dtype(tokenizer.vocab_size)
-    writers = {part: ShardWriter(out, part, tokenizer.eos_id, dtype, shard_tokens) for part in PARTS}
-    counts = {part: {"documents": 0, "bytes": 0} for part in PARTS}
     workers = workers or _processors()
+    read = lambda: documents(files, field=field, by_line=by_line)  # noqa: E731 (two uses)
     bar = tqdm(total=None, unit="B", unit_scale=True, unit_divisor=1024, desc="tokenizing", disable=not progress)
-    with _pool(workers, tokenizer) as pool, bar:
-        for part, ids in _in_order(pool, workers, _tasks(read(), tokenizer, val_split, seed, counts, bar)):
+    with _pool(workers) as pool, bar:
+        if isinstance(tokenizer, str):
+            # A long document in pieces of a mebibyte: the sample is of pieces anyway.
+            tokenizer = train_tokenizer(tokenizer, itertools.chain.from_iterable(read()), vocab_size, seed=seed)
+        out.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(out)  # from where the workers take it
+        dtype = token_dtype(tokenizer.vocab_size)
+        writers = {part: ShardWriter(out, part, tokenizer.eos_id, dtype, shard_tokens) for part in PARTS}
+        counts = {part: {"documents": 0, "bytes": 0} for part in PARTS}
+        encode = functools.partial(_encode, tokenizer) if pool is None else functools.partial(_encode_elsewhere, str(out))
+        for part, ids in _in_order(pool, workers, encode, _tasks(read(), tokenizer, val_split, seed, counts, bar)):
             writers[part].append(ids)
     parts = {part: {"shards": writer.close(), "tokens": writer.tokens, **counts[part]} for part, writer in writers.items()}
     if not parts["train"]["shards"]:
@@ -133,15 +136,17 @@ def _part_of(beginning: str, val_split: float, seed: int) -> str:
     return "validation" if int.from_bytes(digest, "little") < val_split * 2**64 else "train"
 
 
-def _in_order(pool: Executor | None, workers: int, tasks: Iterator[Task]) -> Iterator[tuple[str, np.ndarray]]:
+def _in_order(
+    pool: Executor | None, workers: int, encode: Callable[[list[str], list[int]], np.ndarray], tasks: Iterator[Task]
+) -> Iterator[tuple[str, np.ndarray]]:
     """(part, ids) of each task, in the tasks' order; a few are under way at any time."""
     if pool is None:
         for part, pieces, ends in tasks:
-            yield part, _encode(pieces, ends)
+            yield part, encode(pieces, ends)
         return
     running: deque[tuple[str, Future[np.ndarray]]] = deque()
     for part, pieces, ends in tasks:
-        running.append((part, pool.submit(_encode, pieces, ends)))
+        running.append((part, pool.submit(encode, pieces, ends)))
         if len(running) > 2 * workers:
             part, future = running.popleft()
             yield part, future.result()
@@ -150,18 +155,20 @@ def _in_order(pool: Executor | None, workers: int, tasks: Iterator[Task]) -> Ite
 
 
 class _pool:
-    """A pool of encoding processes, or None for one worker, which is this process."""
+    """A pool of encoding processes, or None for one worker, which is this process.
 
-    def __init__(self, workers: int, tokenizer: Tokenizer) -> None:
-        self.files, self.tokenizer, self.workers, self.pool = tokenizer.to_files(), tokenizer, workers, None
+    Entered before there is a tokenizer: the processes start, which takes seconds, while one is trained.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers, self.pool = workers, None
 
     def __enter__(self) -> Executor | None:
-        if self.workers == 1:
-            _take(self.tokenizer)
-        else:
+        if self.workers > 1:
             # Not by fork: the tokenizer's library may have threads.
-            context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_begin, initargs=(self.files,))
+            self.pool = ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("spawn"))
+            for _ in range(self.workers):
+                self.pool.submit(_begin)
         return self.pool
 
     def __exit__(self, kind: Any, *_: object) -> None:
@@ -169,21 +176,23 @@ class _pool:
             self.pool.shutdown(cancel_futures=kind is not None)
 
 
-_ENCODER: list[Tokenizer] = []  # a worker's tokenizer: sent once, not with every task
+def _begin() -> None:
+    """What a worker is started by; importing this module is most of it."""
 
 
-def _begin(files: dict[str, bytes]) -> None:
+@functools.cache
+def _tokenizer_of(folder: str) -> Tokenizer:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _take(tokenizer_from_files(files))
+    return Tokenizer.load(folder)
 
 
-def _take(tokenizer: Tokenizer) -> None:
-    _ENCODER[:] = [tokenizer]
+def _encode_elsewhere(folder: str, pieces: list[str], ends: list[int]) -> np.ndarray:
+    """`_encode` in a worker, which reads the tokenizer once: it is not sent with every task."""
+    return _encode(_tokenizer_of(folder), pieces, ends)
 
 
-def _encode(pieces: list[str], ends: list[int]) -> np.ndarray:
+def _encode(tokenizer: Tokenizer, pieces: list[str], ends: list[int]) -> np.ndarray:
     """The ids of the pieces end to end, a separator after each document's end."""
-    tokenizer = _ENCODER[0]
     rows = tokenizer.encode_batch(pieces)
     end = np.array([tokenizer.eos_id], np.int32)
     parts, done = [], 0
