@@ -64,8 +64,8 @@ class Case:
                     seen[b, i, j] = is_near and document[j] == document[at]
         return seen, query_position, key_position
 
-    def formula(self, dtype):
-        """The definition, written out, with every intermediate in `dtype`."""
+    def formula(self, dtype, in_order=False):
+        """The definition, written out, with every intermediate in `dtype`. in_order: scores are summed feature after feature."""
         seen, query_position, key_position = self.seen()
         distance = torch.arange(self.k.shape[1]) - (torch.arange(self.q.shape[1]).unsqueeze(1) + self.k.shape[1] - self.q.shape[1])
 
@@ -84,7 +84,10 @@ class Case:
             group = q.shape[2] // k.shape[2]
             q, k = turned(q, query_position), turned(k, key_position)
             k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
-            scores = torch.einsum("bihd,bjhd->bhij", q, k) * self.scale
+            if in_order:
+                scores = sum(a.mT.unsqueeze(-1) * b.mT.unsqueeze(-2) for a, b in zip(q.unbind(-1), k.unbind(-1))) * self.scale
+            else:
+                scores = torch.einsum("bihd,bjhd->bhij", q, k) * self.scale
             if self.slopes is not None:
                 scores = scores + self.slopes.to(dtype).view(-1, 1, 1) * distance.to(dtype)
             is_seen = seen.unsqueeze(1)

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from psann_kernels.rope_attention import OP
-from test_rope_attention import NAMES, Case, witnesses
+from test_rope_attention import NAMES, Case, run, witnesses
 from witness import BACKENDS, FORWARD, GRADIENT, Budget, judge
 
 TOKENS = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 130]
@@ -58,11 +58,15 @@ def fill(budgets: dict, seed: int, values: int) -> None:
     for backend in BACKENDS:
         if OP.refusal(backend, case.q, case.k, case.v) is not None:
             continue
-        for name, floor, fast, working, truth in zip(NAMES, floors, *witnesses(case, backend)):
+        # A sum of 96 terms in order errs up to 7 times as much as one in blocks (campaign seed 4028162786, case 1600: to the bit what
+        # the interpreter's product of two rows gives), so both orders are plain torch here.
+        in_order = run(case.formula(case.q.dtype, in_order=True), case.q, case.k, case.v, case.do)
+        for name, floor, fast, working, truth, other in zip(NAMES, floors, *witnesses(case, backend), in_order):
             what = f"{backend} {name} of {case.label}, {case.q.dtype}"
             budget = budgets.setdefault((backend, name), Budget(what, FORWARD if name == "o" else GRADIENT))
             budget.floor = max(budget.floor, floor)
             budget.add(fast, working, truth)
+            budget.add(fast, other, truth)
 
 
 @pytest.mark.campaign(weight=3)
