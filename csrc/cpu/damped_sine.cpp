@@ -16,13 +16,6 @@ constexpr int BLOCK_ROWS = 64;   // rows added up in float before they join thei
 constexpr int MAX_SLABS = 32;
 // Below it, elements, a second thread costs more than it saves.
 constexpr int64_t GRAIN = 1 << 14;
-// An output this large, bytes, is not read again from a cache; written past them, it spares reading its lines first.
-constexpr int64_t STREAM_BYTES = 32 << 20;
-
-// Only whole-width stores: those of halves leave a quarter of a cache line at a time, and what is written is half as much.
-template <class T> static bool is_streamed(const T* p, int64_t count) {
-    return sizeof(T) == 4 && count * static_cast<int64_t>(sizeof(T)) >= STREAM_BYTES && can_stream(p, WIDTH * sizeof(T));
-}
 
 using Tile = Features<TILE>;
 
@@ -38,7 +31,7 @@ template <class T, int MODE> static __attribute__((noinline)) void forward_caref
     lanes == WIDTH ? store(y, out[0]) : store(y, out[0], lanes);
 }
 
-template <class T, int MODE, bool STREAMS, int R> static void forward_rows(const Tile& t, const T* z, T* y, int64_t columns, int64_t z_stride, int64_t y_stride) {
+template <class T, int MODE, int R> static void forward_rows(const Tile& t, const T* z, T* y, int64_t columns, int64_t z_stride, int64_t y_stride) {
     int64_t c = 0;
     for (; c + WIDTH <= columns; c += WIDTH) {
         Float in[R], out[R];
@@ -48,19 +41,16 @@ template <class T, int MODE, bool STREAMS, int R> static void forward_rows(const
             continue;
         }
         forward_vectors<MODE, true>(t, c, in, out);
-        EACH(R) {
-            if constexpr (STREAMS) stream(y + i * y_stride + c, out[i]);
-            else store_number(y + i * y_stride + c, out[i]);
-        }
+        // Never past the caches, however large the output: it was measured at half the speed.
+        EACH(R) store_number(y + i * y_stride + c, out[i]);
     }
     if (c < columns) EACH(R) forward_carefully<T, MODE>(t, c, columns - c, z + i * z_stride + c, y + i * y_stride + c);
 }
 
-template <class T, int MODE, bool STREAMS> static void forward_tile(const Tile& t, const T* z, T* y, int64_t rows, int64_t columns, int64_t z_stride, int64_t y_stride) {
+template <class T, int MODE> static void forward_tile(const Tile& t, const T* z, T* y, int64_t rows, int64_t columns, int64_t z_stride, int64_t y_stride) {
     int64_t r = 0;
-    for (; r + ROWS <= rows; r += ROWS) forward_rows<T, MODE, STREAMS, ROWS>(t, z + r * z_stride, y + r * y_stride, columns, z_stride, y_stride);
-    for (; r < rows; r++) forward_rows<T, MODE, STREAMS, 1>(t, z + r * z_stride, y + r * y_stride, columns, z_stride, y_stride);
-    if (STREAMS) stream_end();
+    for (; r + ROWS <= rows; r += ROWS) forward_rows<T, MODE, ROWS>(t, z + r * z_stride, y + r * y_stride, columns, z_stride, y_stride);
+    for (; r < rows; r++) forward_rows<T, MODE, 1>(t, z + r * z_stride, y + r * y_stride, columns, z_stride, y_stride);
 }
 
 // Features of a piece: whole tiles where rows suffice to feed the threads, narrower ones where they do not.
@@ -76,16 +66,13 @@ template <class T, int MODE> static void forward(const DampedSineForward& a) {
     const T* z = static_cast<const T*>(a.z);
     T* y = static_cast<T*>(a.y);
     expect_writes(y, static_cast<size_t>(a.rows * a.features) * sizeof(T));
-    bool streams = is_streamed(y, a.rows * a.features) && a.features % WIDTH == 0;
     parallel(a.rows * a.features < GRAIN ? 1 : a.threads, row_pieces * tiles, [&](int64_t piece) {
         int64_t row = piece / tiles * PIECE_ROWS, column = piece % tiles * tile;
         int64_t rows = a.rows - row < PIECE_ROWS ? a.rows - row : PIECE_ROWS;
         int64_t columns = a.features - column < tile ? a.features - column : tile;
         Tile t;
         t.fill(a.amplitude + column, a.frequency + column, a.damping + column, columns);
-        auto run = forward_tile<T, MODE, false>;
-        if constexpr (sizeof(T) == 4) run = streams ? forward_tile<T, MODE, true> : run;
-        run(t, z + row * a.z_stride + column, y + row * a.features + column, rows, columns, a.z_stride, a.features);
+        forward_tile<T, MODE>(t, z + row * a.z_stride + column, y + row * a.features + column, rows, columns, a.z_stride, a.features);
     });
 }
 
@@ -108,7 +95,7 @@ template <class T, int MODE> static __attribute__((noinline)) Gradient backward_
     return out[0];
 }
 
-template <class T, int MODE, bool STREAMS, int R> static void backward_rows(
+template <class T, int MODE, int R> static void backward_rows(
     const Tile& t, Sums& sums, const T* z, const T* dy, T* dz, int64_t columns, int64_t z_stride, int64_t dy_stride, int64_t dz_stride) {
     int64_t c = 0;
     auto carefully = [&](int64_t lanes) {
@@ -123,22 +110,18 @@ template <class T, int MODE, bool STREAMS, int R> static void backward_rows(
         }
         Gradient out[R];
         backward_vectors<MODE, true>(t, c, in, down, out);
-        EACH(R) {
-            if constexpr (STREAMS) stream(dz + i * dz_stride + c, out[i].dz);
-            else store(dz + i * dz_stride + c, out[i].dz);
-        }
+        EACH(R) store(dz + i * dz_stride + c, out[i].dz);
         EACH(R) add<MODE>(sums, c, out[i]);
     }
     if (c < columns) carefully(columns - c);
 }
 
-template <class T, int MODE, bool STREAMS> static void backward_tile(
+template <class T, int MODE> static void backward_tile(
     const Tile& t, Sums& sums, const T* z, const T* dy, T* dz, int64_t rows, int64_t columns, int64_t z_stride, int64_t dy_stride, int64_t dz_stride) {
     int64_t r = 0;
     for (; r + BACKWARD_ROWS <= rows; r += BACKWARD_ROWS)
-        backward_rows<T, MODE, STREAMS, BACKWARD_ROWS>(t, sums, z + r * z_stride, dy + r * dy_stride, dz + r * dz_stride, columns, z_stride, dy_stride, dz_stride);
-    for (; r < rows; r++) backward_rows<T, MODE, STREAMS, 1>(t, sums, z + r * z_stride, dy + r * dy_stride, dz + r * dz_stride, columns, z_stride, dy_stride, dz_stride);
-    if (STREAMS) stream_end();
+        backward_rows<T, MODE, BACKWARD_ROWS>(t, sums, z + r * z_stride, dy + r * dy_stride, dz + r * dz_stride, columns, z_stride, dy_stride, dz_stride);
+    for (; r < rows; r++) backward_rows<T, MODE, 1>(t, sums, z + r * z_stride, dy + r * dy_stride, dz + r * dz_stride, columns, z_stride, dy_stride, dz_stride);
 }
 
 static void add_sums(Sums& into, const Sums& from) {
@@ -158,7 +141,6 @@ template <class T, int MODE> static void backward(const DampedSineBackward& a) {
     const T *z = static_cast<const T*>(a.z), *dy = static_cast<const T*>(a.dy);
     T* dz = static_cast<T*>(a.dz);
     expect_writes(dz, static_cast<size_t>(a.rows * a.features) * sizeof(T));
-    bool streams = is_streamed(dz, a.rows * a.features) && a.features % WIDTH == 0;
 
     Workspace partial(slabs * 3 * a.features);  // (slabs, 3, features)
     parallel(threads, slabs * tiles, [&](int64_t piece) {
@@ -170,9 +152,7 @@ template <class T, int MODE> static void backward(const DampedSineBackward& a) {
         Sums total = {};
         for (int64_t row = slab * slab_rows; row < end; row += BLOCK_ROWS) {
             Sums sums = {};
-            auto run = backward_tile<T, MODE, false>;
-            if constexpr (sizeof(T) == 4) run = streams ? backward_tile<T, MODE, true> : run;
-            run(t, sums, z + row * a.z_stride + column, dy + row * a.dy_stride + column, dz + row * a.features + column,
+            backward_tile<T, MODE>(t, sums, z + row * a.z_stride + column, dy + row * a.dy_stride + column, dz + row * a.features + column,
                 end - row < BLOCK_ROWS ? end - row : BLOCK_ROWS, columns, a.z_stride, a.dy_stride, a.features);
             add_sums(total, sums);
         }

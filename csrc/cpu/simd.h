@@ -91,6 +91,25 @@ INLINE Float fma(Float a, Float b, Float c) {
 #endif
 }
 
+// A number in every lane, in memory.
+struct alignas(WIDTH * 4) Lanes { float lane[WIDTH]; };
+constexpr Lanes in_every_lane(float x) {
+    Lanes lanes = {};
+    for (int i = 0; i < WIDTH; i++) lanes.lane[i] = x;
+    return lanes;
+}
+
+// a * b + c, c read by the very instruction that adds it: AVX2 has too few registers for a polynomial's coefficients, and gcc would spend
+// an instruction on loading each.
+INLINE Float fma(Float a, Float b, const Lanes& c) {
+#if defined(PSANN_AVX2)
+    asm("vfmadd213ps %2, %1, %0" : "+x"(a) : "x"(b), "m"(c));
+    return a;
+#else
+    return fma(a, b, all(c.lane[0]));
+#endif
+}
+
 INLINE Float abs(Float x) { return (Float)((Int)x & 0x7fffffff); }
 INLINE Float min(Float a, Float b) { return a < b ? a : b; }
 INLINE Float max(Float a, Float b) { return a > b ? a : b; }
@@ -311,30 +330,6 @@ INLINE void put(fp16* p, float x) {
     p->bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
 #else
     store(p, all(x), 1);
-#endif
-}
-
-// Past the caches: saves reading the lines that are about to be overwritten. Only for aligned p, and followed by stream_end().
-INLINE bool can_stream(const void* p, size_t vector_bytes) {
-#if defined(__AVX__)
-    return reinterpret_cast<uintptr_t>(p) % vector_bytes == 0;
-#else
-    (void)p, (void)vector_bytes;
-    return false;
-#endif
-}
-INLINE void stream(float* p, Float x) {
-#if defined(PSANN_AVX512)
-    _mm512_stream_ps(p, (__m512)x);
-#elif defined(PSANN_AVX2)
-    _mm256_stream_ps(p, (__m256)x);
-#else
-    store(p, x);
-#endif
-}
-INLINE void stream_end() {
-#if defined(__AVX__)
-    _mm_sfence();
 #endif
 }
 

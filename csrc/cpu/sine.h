@@ -21,20 +21,29 @@ constexpr float TURNS_LIMIT = 0x1p16f;
 // Within it 2^x is a normal number; and where a negative damping makes it grow, so is its product with an amplitude below 2^GROWTH_LIMIT.
 constexpr float EXPONENT_LIMIT = 125.0f, GROWTH_LIMIT = 60.0f;
 
-// Several vectors go through each step together, so that a constant is fetched once for all of them. out = polynomial in x,
-// its highest coefficient first.
-template <int R, int N> INLINE void horner(const float (&coefficients)[N], const Float (&x)[R], Float (&out)[R]) {
-    EACH(R) out[i] = all(coefficients[0]);
-    for (int k = 1; k < N; k++)
-        EACH(R) out[i] = fma(x[i], out[i], all(coefficients[k]));
+// Coefficients, the highest first.
+template <int N> struct Polynomial { Lanes coefficient[N]; };
+template <int N> constexpr Polynomial<N> polynomial(const float (&coefficients)[N]) {
+    Polynomial<N> p = {};
+    for (int k = 0; k < N; k++) p.coefficient[k] = in_every_lane(coefficients[k]);
+    return p;
+}
+
+// Several vectors go through each step together, so that one's latency hides behind the others'. out = out * x + coefficient.
+template <int R> INLINE void step(const Lanes& coefficient, const Float (&x)[R], Float (&out)[R]) {
+    EACH(R) out[i] = fma(out[i], x[i], coefficient);
+}
+template <int R, int N> INLINE void horner(const Polynomial<N>& p, const Float (&x)[R], Float (&out)[R]) {
+    EACH(R) out[i] = load(p.coefficient[0].lane);
+    UNROLL for (int k = 1; k < N; k++) step(p.coefficient[k], x, out);
 }
 
 // All found by iterated weighted least squares in double: least maximal relative (sine 5e-9, exponential 9e-8) and absolute
 // error (cosine 3e-10) before the coefficients were rounded to float. A sixth power in the exponential would give 2e-9 and take a
 // tenth longer; what a float's roundings cost hides the difference.
-constexpr float SINE[] = {0.07756035774946213f, -0.5982421040534973f, 2.550069808959961f, -5.167709827423096f, 3.1415927410125732f};
-constexpr float COSINE[] = {-0.02442069910466671f, 0.23495392501354218f, -1.3352160453796387f, 4.058709621429443f, -4.934802055358887f, 1.0f};
-constexpr float EXP2[] = {0.0013264726899145443f, 0.009671512660597806f, 0.055507337442440435f, 0.24022242084918516f, 0.6931469775984714f, 1.0f};
+constexpr auto SINE = polynomial({0.07756035774946213f, -0.5982421040534973f, 2.550069808959961f, -5.167709827423096f, 3.1415927410125732f});
+constexpr auto COSINE = polynomial({-0.02442069910466671f, 0.23495392501354218f, -1.3352160453796387f, 4.058709621429443f, -4.934802055358887f, 1.0f});
+constexpr auto EXP2 = polynomial({0.0013264726899145443f, 0.009671512660597806f, 0.055507337442440435f, 0.24022242084918516f, 0.6931469775984714f, 1.0f});
 
 // frequency * z in half turns less the nearest whole number n: r in [-1/2, 1/2]; flip is the sign bit, set where n is odd.
 template <int R> INLINE void reduce(const Float (&z)[R], Float high, Float low, Float (&r)[R], Int (&flip)[R]) {
@@ -97,17 +106,23 @@ INLINE Float exp2_product_any(Float g, Float exponent) {
     return p[0] * scale * rest;
 }
 
-// factor * 2^(g * exponent) * sin(frequency * z), to the bit what exp2_product, reduce and sine give, for what exp2_product serves. Their
-// reductions go side by side and then one polynomial after the other, so that two vectors fit the registers of AVX2.
+// factor * 2^(g * exponent) * sin(frequency * z), to the bit what exp2_product, reduce and sine give, for what exp2_product serves. Both
+// polynomials go side by side; the exponential takes the sine's sign, so that fewer numbers wait for them in registers.
 template <int R> INLINE void damped(const Float (&z)[R], const Float (&g)[R], Float high, Float low, Float exponent, Float factor, Float (&out)[R]) {
     Float n[R], m[R], r[R], f[R], u[R], p[R], e[R];
+    Uint scale[R];
     EACH(R) n[i] = fma(z[i], high, all(ROUNDER)), m[i] = fma(g[i], exponent, all(ROUNDER));
     EACH(R) r[i] = fma(z[i], high, -(n[i] - ROUNDER)), f[i] = fma(g[i], exponent, -(m[i] - ROUNDER));
+    EACH(R) scale[i] = ((Uint)m[i] << 23) ^ ((Uint)n[i] << 31);
     EACH(R) r[i] = fma(z[i], low, r[i]), u[i] = r[i] * r[i];
-    horner(EXP2, f, e);
-    EACH(R) e[i] = (Float)((Int)e[i] + ((Int)m[i] << 23)) * factor;
-    horner(SINE, u, p);
-    EACH(R) out[i] = (Float)((Int)(r[i] * p[i]) ^ ((Int)n[i] << 31)) * e[i];
+    EACH(R) e[i] = load(EXP2.coefficient[0].lane), p[i] = load(SINE.coefficient[0].lane);
+    UNROLL for (int k = 1; k < 5; k++) {
+        step(EXP2.coefficient[k], f, e);
+        step(SINE.coefficient[k], u, p);
+    }
+    step(EXP2.coefficient[5], f, e);
+    EACH(R) e[i] = (Float)((Uint)e[i] + scale[i]) * factor;
+    EACH(R) out[i] = r[i] * p[i] * e[i];
 }
 
 template <int MODE> INLINE Float damped_by(Float z) {
