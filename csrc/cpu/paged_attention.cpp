@@ -1,10 +1,10 @@
 // Attention of the newest tokens of each sequence over its blocks; the definition is paged_attention.py's reference_attention.
 //
 // The time of one new token is that of reading its keys and values once: 2 * seq_len * kv_heads * head_dim * itemsize bytes. So a
-// piece of work is one sequence's keys from SPLIT * s to SPLIT * (s + 1) for all heads, in the order in which they lie in memory,
-// and the next tile is fetched while this one is used; each piece leaves its maximum, sum and unscaled output for a merge. Where
-// splits lie depends on positions alone, so a sequence gets the same bits whoever shares the call. More than SPLIT_TOKENS new
-// tokens reuse what they read: they are taken CHUNK at a time, one key/value head and all its keys a piece.
+// piece of work is one split of a sequence's keys for all heads, in the order in which they lie in memory, and the next tile is
+// fetched while this one is used; each piece leaves its maximum, sum and unscaled output for a merge. Where splits lie depends on
+// positions alone, so a sequence gets the same bits whoever shares the call. More than SPLIT_TOKENS new tokens reuse what they
+// read: they are taken CHUNK at a time, one key/value head and all its keys a piece.
 #include <math.h>
 
 #include "../kernels.h"
@@ -16,15 +16,20 @@
 namespace PSANN_NAMESPACE {
 namespace {
 
-constexpr int64_t TILE_KEYS = 32;
-constexpr int64_t SPLIT = 128;
+constexpr int64_t TILE_KEYS = 16;
+constexpr int64_t SPLIT = 128;        // keys of a split among the first FINE, so that short sequences feed several threads
+constexpr int64_t FINE = 1024;
+constexpr int64_t LONG_SPLIT = 512;   // beyond: a split costs its queries' preparation, and its first tile is fetched by nobody
 constexpr int64_t SPLIT_TOKENS = 16;
 constexpr int64_t CHUNK = 16;
 constexpr int64_t GATHERED = 16;  // keys whose values are added to one row before the next row's turn
-static_assert(SPLIT % TILE_KEYS == 0, "a tile lies in one split");
+static_assert(SPLIT % TILE_KEYS == 0 && LONG_SPLIT % TILE_KEYS == 0 && FINE % SPLIT == 0 && FINE % LONG_SPLIT == 0, "a tile lies in one split");
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static int64_t split_of(int64_t key) { return key < FINE ? key / SPLIT : (key - FINE) / LONG_SPLIT + FINE / SPLIT; }
+static int64_t split_begin(int64_t split) { return split < FINE / SPLIT ? split * SPLIT : (split - FINE / SPLIT) * LONG_SPLIT + FINE; }
 
 // One sequence's share of the pieces.
 struct Sequence {
@@ -355,9 +360,9 @@ template <class T> static void run(const PagedAttention& a) {
             s.tokens = 0;
         }
         s.oldest = s.tokens > 0 ? oldest_seen(a, s.length - s.tokens) : 0;
-        s.first_split = s.oldest / SPLIT;
+        s.first_split = split_of(s.oldest);
         s.is_split = s.tokens <= SPLIT_TOKENS;
-        s.splits = s.tokens == 0 ? 0 : s.is_split ? (s.length + SPLIT - 1) / SPLIT - s.first_split : 1;
+        s.splits = s.tokens == 0 ? 0 : s.is_split ? split_of(s.length - 1) + 1 - s.first_split : 1;
         s.chunks = s.is_split ? 1 : (s.tokens + CHUNK - 1) / CHUNK;
         s.first_piece = pieces;
         s.first_partial = partial_floats;
@@ -390,8 +395,8 @@ template <class T> static void run(const PagedAttention& a) {
         fill_rows<T>(a, s, first_token, rows);
         int64_t begin = rows.from[0], end = rows.to[per_head - 1];
         if (s.is_split) {
-            begin = larger(begin, (s.first_split + split) * SPLIT);
-            end = smaller(end, (s.first_split + split + 1) * SPLIT);
+            begin = larger(begin, split_begin(s.first_split + split));
+            end = smaller(end, split_begin(s.first_split + split + 1));
         }
         attend_range<T>(a, b, rows, begin, end);
         for (int64_t r = 0; r < rows.count; r++) {
