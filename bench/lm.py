@@ -2,9 +2,9 @@
 
 A training step is loss, backward, clipping and fused AdamW, under bf16 autocast on a GPU and in float32 on a CPU; "compiled" has
 the loss under torch.compile, "graphs" forward and backward as a CUDA graph. `mfu` is 6 FLOP a parameter and token over the matmul
-rate measured in the same process, `extra_mb` what a step holds at most beyond weights and optimizer state (a graph keeps its memory,
-so it has no such figure). Decoding is the engine's whole run over random prompts at temperature 0, prompts included in its time and
-not in its tokens. Before the times each backend's logits are judged by the three witnesses.
+rate measured in the same process, `extra_mb` what a step holds at most beyond weights and optimizer state (a graph keeps its
+memory, so it has no such figure). Decoding is the engine's whole run over random prompts at temperature 0, prompts included in its
+time and not in its tokens. Before the times each backend's logits are judged by the three witnesses.
 """
 
 from __future__ import annotations

@@ -38,18 +38,22 @@ def weights(lm) -> torch.Tensor:
 
 @pytest.mark.parametrize("base", ["respsann", "waveresnet"])
 @pytest.mark.parametrize("options", [
-    dict(batch_tokens=32), dict(batch_tokens=64, grad_accum_steps=2, epochs=2), dict(batch_tokens=48, grad_accum_steps=3, optimizer="muon"),
+    dict(batch_tokens=32), dict(batch_tokens=64, grad_accum_steps=2, epochs=2),
+    dict(batch_tokens=48, grad_accum_steps=3, optimizer="muon"),
 ], ids=["one", "two", "three, and a rest"])  # fmt: skip
 def test_a_run_over_graphs_is_one_without(taped, base, options):
     runs = []
     for wanted in (False, True):
         before = Tape.tapes
-        lm = fitted(model(base=base, d_model=16), data(), cuda_graphs=wanted, **{"max_steps": 6, **options})
+        # In float64, because a recording takes other forms of some ops, as a trace does, which sum in another order.
+        made = model(base=base, d_model=16, backend="torch")
+        made.module.double()
+        lm = fitted(made, data(), cuda_graphs=wanted, **{"max_steps": 6, **options})
         assert (Tape.tapes - before > 0) == wanted
         runs.append((weights(lm), [row["loss"] for row in lm.history_], [row["grad_norm"] for row in lm.history_]))
         assert all(p.grad is None for p in lm.module.parameters())
-    torch.testing.assert_close(runs[1][0], runs[0][0], rtol=1e-6, atol=1e-7)
-    assert runs[1][1] == pytest.approx(runs[0][1], rel=1e-6) and runs[1][2] == pytest.approx(runs[0][2], rel=1e-5)
+    torch.testing.assert_close(runs[1][0], runs[0][0], rtol=1e-8, atol=1e-10)
+    assert runs[1][1] == pytest.approx(runs[0][1], rel=1e-9) and runs[1][2] == pytest.approx(runs[0][2], rel=1e-8)
 
 
 def test_a_count_that_the_graph_keeps_is_found(taped):
@@ -130,13 +134,15 @@ def steps_on_meta(base: str, **options) -> list[str]:
     return seen.names
 
 
-@pytest.mark.parametrize("base, options", [("respsann", {}), ("waveresnet", dict(grad_accum_steps=2)), ("respsann", dict(optimizer="muon"))])
+@pytest.mark.parametrize("base, options", [
+    ("respsann", {}), ("waveresnet", dict(grad_accum_steps=2)), ("respsann", dict(optimizer="muon")),
+])  # fmt: skip
 def test_no_training_step_waits_for_the_device(meta, base, options):
     names = steps_on_meta(base, epochs=20, **options)
     assert any("fused_adamw" in name for name in names) and any("rope_attention_triton" in name for name in names), names
 
 
 def test_a_training_step_that_waits_is_found(meta):
-    meta.setattr(nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.stack([p.grad.norm() for p in parameters]).max().item())
+    meta.setattr(nn.utils, "clip_grad_norm_", lambda parameters, limit: parameters[0].grad.norm().item())
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError), match="item|wait|meta"):
         steps_on_meta("respsann", epochs=20)
