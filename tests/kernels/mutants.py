@@ -183,8 +183,8 @@ def _sites(node: ast.AST, in_shape: bool = False) -> Iterator[Site]:
 
 
 def kernel_files() -> list[str]:
-    """triton_support.py and every *_triton.py."""
-    return ["triton_support.py", *(path.name for path in kernel_list.files())]
+    """triton_support.py and every *_triton.py that has kernels."""
+    return ["triton_support.py", *(path.name for path in kernel_list.files() if kernel_list.jitted(ast.parse(path.read_text())))]
 
 
 def all_mutants() -> list[Mutant]:

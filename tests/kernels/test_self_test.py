@@ -58,6 +58,23 @@ def test_every_kernel_passes(interpreted):
     assert set(found) == {name for name, op in OPS.items() if "triton" in op.implementations} - {"paged_append"}
 
 
+def test_attention_is_tried_by_descriptors_and_through_pointers(interpreted, monkeypatch):
+    only(monkeypatch, "rope_attention")
+    tiles = sys.modules["psann_kernels.rope_attention_tiles_triton"]
+    ways, read = set(), tiles.memory
+
+    def recorded(rows, is_described, *tensors):
+        ways.add((tensors[0].dtype, is_described))
+        return read(rows, is_described, *tensors)
+
+    for name in ("rope_attention_triton", "rope_attention_backward_triton"):
+        ways.clear()
+        monkeypatch.setattr(sys.modules[f"psann_kernels.{name}"], "memory", recorded)
+        assert self_test(again=True) == {"rope_attention": "passed"}
+        assert ways == {(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)}
+        monkeypatch.setattr(sys.modules[f"psann_kernels.{name}"], "memory", read)
+
+
 def test_a_wrong_gradient_is_found_and_refused(interpreted, monkeypatch):
     only(monkeypatch, "rope_attention", "rms_norm")
     spoil(monkeypatch, "rope_attention", WrongGradient.apply)
