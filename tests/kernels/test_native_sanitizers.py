@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-FLAGS = "-std=c++17 -O1 -g -fno-math-errno -fno-trapping-math -ffp-contract=off -Wno-psabi -pthread".split()
+FLAGS = "-std=c++17 -O1 -g1 -fno-math-errno -fno-trapping-math -ffp-contract=off -Wno-psabi -pthread".split()
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all".split()
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
