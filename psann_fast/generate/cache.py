@@ -7,6 +7,7 @@ a guess that proved wrong is overwritten like any other token.
 
 from __future__ import annotations
 
+import math
 from typing import Mapping, NamedTuple, Sequence
 
 import numpy as np
@@ -47,6 +48,10 @@ class Placement(NamedTuple):
     slots: np.ndarray
 
 
+# On a CPU memory that nobody has written to is not there yet, so this much is asked for at once: a cache that grows is copied.
+UNTOUCHED_BYTES = 256 << 20
+
+
 class PagedCache:
     """Blocks 1 to num_blocks, of which as many exist as were needed so far; block 0 is no sequence's, and its slot 0 holds zeros.
 
@@ -61,7 +66,7 @@ class PagedCache:
         self._module = module
         self.state_lengths = module.wave_state_lengths()
         self.moves = 0  # how often the tensors were replaced by larger ones
-        self._held = 0
+        self._held = self._used = 0  # blocks that exist, and those below the highest that was needed
         kv_width = (config.n_kv_heads, config.head_dim)
         self._k = [self._new(*kv_width) for _ in range(config.n_layers)]
         self._v = [self._new(*kv_width) for _ in range(config.n_layers)]
@@ -71,8 +76,11 @@ class PagedCache:
 
     @property
     def bytes_held(self) -> int:
-        """Memory of the blocks that exist."""
-        return sum(t.numel() * t.element_size() for tensors in (self._k, self._v, self._wave) for t in tensors)
+        """Memory of the blocks that were needed so far; what a CPU has set aside beyond them is not backed by any."""
+        return self._used * self._block_bytes()
+
+    def _block_bytes(self) -> int:
+        return sum(math.prod(t.shape[1:]) * t.element_size() for tensors in (self._k, self._v, self._wave) for t in tensors)
 
     def _new(self, *width: int) -> Tensor:
         return torch.empty((self._held, self.block_size, *width), dtype=self._dtype, device=self.device)
@@ -83,10 +91,12 @@ class PagedCache:
 
     def _hold(self, blocks: int) -> None:
         """Make block ids below `blocks` exist. Doubling keeps copies cheap; layer after layer, so that one layer is held twice."""
+        self._used = max(self._used, blocks)
         if blocks <= self._held:
             return
         self.moves += 1
-        old, self._held = self._held, min(max(blocks, 2 * self._held, 16), self.num_blocks + 1)
+        least = max(16, UNTOUCHED_BYTES // max(1, self._block_bytes())) if self.device.type == "cpu" else 16
+        old, self._held = self._held, min(max(blocks, 2 * self._held, least), self.num_blocks + 1)
         for tensors in (self._k, self._v, self._wave):
             for layer, held in enumerate(tensors):
                 tensors[layer] = self._new(*held.shape[2:])
