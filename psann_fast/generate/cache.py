@@ -53,7 +53,8 @@ UNTOUCHED_BYTES = 256 << 20
 
 
 class PagedCache:
-    """Blocks 1 to num_blocks, of which as many exist as were needed so far; block 0 is no sequence's, and its slot 0 holds zeros.
+    """Blocks 1 to num_blocks, of which those exist that were needed so far (on a CPU more: UNTOUCHED_BYTES); block 0 is no
+    sequence's, and its slot 0 holds zeros.
 
     num_blocks, block_size   capacity: num_blocks * block_size tokens
     max_rows                 sequences that run at once

@@ -137,8 +137,8 @@ class TorchFile:
     def _bytes(self, name: str) -> bytes:
         try:
             return self._zip.read(name)
-        # What zipfile raises for damage: NotImplementedError for a version or compression it lacks, RuntimeError for encryption.
-        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        # What zipfile raises for damage; RuntimeError is for encryption, and for a version or compression that it lacks.
+        except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
             raise UnsafeFile(f"{self.path}: {name} cannot be read ({error}); the file is damaged") from error
 
     def _read_content(self) -> Any:

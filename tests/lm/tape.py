@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any, Callable
 from unittest import mock
 
+import pytest
 import torch
 from psann_fast.cuda_graphs import CaptureError
+from psann_kernels.registry import AUTO_ORDER, Op
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,3 +74,10 @@ def waits(func: Any, args: tuple[Any, ...]) -> bool:
 
 def is_view(func: Any) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+
+
+def serve_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device "meta", which has shapes and no numbers, takes the place of a GPU: the Triton kernels serve it."""
+    pytest.importorskip("triton")
+    monkeypatch.setitem(AUTO_ORDER, "meta", ("triton",))
+    monkeypatch.setattr(Op, "refusal", lambda self, backend, *args, **kwargs: None)
