@@ -31,7 +31,7 @@ FAULTS = [
     (Fault("paged_attention", "sizeof(float) * WARPS", "(FAULTY ? 200 : 1) * sizeof(float) * WARPS"), "paged_attention", "bytes of shared memory; a block has 49152"),
     (Fault("rms_norm", "forward<T><<<blocks, THREADS,", "forward<T><<<blocks, FAULTY ? 2 * THREADS : THREADS,"), "rms_norm", "the block has 512 threads and its launch bounds say 256"),
     # Indices and sums.
-    (Fault("wave_conv", "if (t - distance >= start) return", "if (t - distance >= start - FAULTY) return"), "wave_conv", "exceeds|access outside"),
+    (Fault("wave_conv", "if (t - distance >= start) return", "if (t - distance >= start - FAULTY) return"), "wave_conv", "exceeds|nan pattern|access outside"),
     (Fault("wave_conv", "sums[0] += g.dz, sums[1]", "sums[0] += t == begin && FAULTY ? 0.0f : g.dz, sums[1]"), "wave_conv", "dbias .* exceeds"),
     (Fault("rms_norm", "end = min(begin + run, rows);", "end = min(begin + run, rows) - FAULTY;"), "rms_norm", "nan pattern differs"),
     (Fault("paged_attention", "b == a.sequences - 1 ? a.rows : last", "b == a.sequences - 1 && !FAULTY ? a.rows : last"), "padding", "not zero"),
