@@ -8,6 +8,8 @@ defaults. Judged by nats per character over the whole validation part (the last 
 
 The text is the corpus of char-rnn and nanoGPT, 1,115,394 bytes: data/tinyshakespeare/input.txt of the repository
 karpathy/char-rnn. `--nanogpt` names a checkout of karpathy/nanoGPT, whose own model then runs beside ours with its recipe's settings.
+`--share 0.5` asks what half of nanoGPT's wall time is good for: ours then take as many steps as fit into it, at the library's own
+learning rate.
 """
 
 from __future__ import annotations
@@ -56,17 +58,26 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT, to run its model beside ours")
     parser.add_argument("--seeds", type=int, default=3, help="seeds for each model (default 3)")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps (default 2000, the recipe's; fewer time the models)")
+    parser.add_argument("--share", type=float, help="end ours within this share of nanoGPT's seconds instead of after its steps, for example 0.5")
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
     parser.add_argument("--out", type=Path, default=RESULTS / "learning.jsonl")
     options = parser.parse_args()
+    if options.share is not None and (options.nanogpt is None or not 0 < options.share <= 1):
+        raise SystemExit(f"--share is {options.share}: it is a share of what --nanogpt takes, above 0 and at most 1, so both are needed")
     text = read_corpus(options.data)
     register_base("gelu-twin", lambda config: LanguageModel(config, GELUBlock))
 
     rows = []
     for seed in range(options.seeds):
-        runs = [] if options.nanogpt is None else [lambda: run_nanogpt(options.nanogpt, text, seed, options.steps)]
-        for run in runs + [lambda name=name: run_ours(name, text, seed, options.steps) for name in options.models]:
-            rows.append(run())
+        steps, rate = dict.fromkeys(options.models, options.steps), RATE
+        if options.nanogpt is not None:
+            rows.append(run_nanogpt(options.nanogpt, text, seed, options.steps))
+            print(rows[-1], flush=True)
+            if options.share is not None:
+                seconds, rate = options.share * rows[-1]["seconds"], None
+                steps = {name: steps_within(seconds, name, text, seed) for name in options.models}
+        for name in options.models:
+            rows.append(run_ours(name, text, seed, steps[name], rate))
             print(rows[-1], flush=True)
     summary = summarise(rows)
     write_results(options.out, rows + summary)
@@ -81,23 +92,44 @@ def read_corpus(path: Path) -> str:
     return content.decode()
 
 
-def run_ours(name: str, text: str, seed: int, steps: int) -> dict[str, Any]:
-    place = int(0.9 * len(text))  # nanoGPT's own split; held out here, because its loop has no validation either
-    data = psannLMDataPrep([text[:place]], tokenizer="simple", max_length=WINDOW, seed=seed)
+def split(text: str) -> int:
+    """Where validation begins: nanoGPT's own split. Held out here, because its loop has no validation either."""
+    return int(0.9 * len(text))
+
+
+def fit_ours(name: str, text: str, seed: int, steps: int, rate: float | None) -> tuple[psannLM, psannLMDataPrep, float]:
+    """Returns the model, its data and the seconds that `fit` took; a `rate` of None is the library's own."""
+    data = psannLMDataPrep([text[: split(text)]], tokenizer="simple", max_length=WINDOW, seed=seed)
     model = psannLM(**SIZE, **MODELS[name])
     examples_a_epoch = len(data) // ROWS
     began = time.perf_counter()
     model.fit(
-        data, epochs=1 + steps // examples_a_epoch, max_steps=steps, batch_tokens=WINDOW * ROWS, lr=RATE, warmup_steps=WARMUP, seed=seed,
+        data, epochs=1 + steps // examples_a_epoch, max_steps=steps, batch_tokens=WINDOW * ROWS, lr=rate, warmup_steps=WARMUP, seed=seed,
     )  # fmt: skip
-    seconds = time.perf_counter() - began
+    return model, data, time.perf_counter() - began
+
+
+def steps_within(seconds: float, name: str, text: str, seed: int) -> int:
+    """How many steps of a model fit into that time, from two short runs: what they share is not a step's."""
+    few, many = WARMUP + 20, WARMUP + 120
+    first, second = (fit_ours(name, text, seed, steps, None)[2] for steps in (few, many))
+    a_step = (second - first) / (many - few)
+    steps = int((seconds - (first - few * a_step)) / a_step)
+    if steps <= WARMUP:
+        raise SystemExit(f"{name}: {seconds:.1f} s hold {steps} steps and {WARMUP} are warmup: raise --steps or --share")
+    return steps
+
+
+def run_ours(name: str, text: str, seed: int, steps: int, rate: float | None) -> dict[str, Any]:
+    model, data, seconds = fit_ours(name, text, seed, steps, rate)
     characters = len(data.used_ids) - 1  # the separator is not one
     unused = data.vocab_size - characters
     return {
         "model": name,
         "seed": seed,
         "steps": steps,
-        "nats_per_character": judge(model.module, torch.tensor(data.tokenizer.encode(text[place:]))),
+        "lr": rate or "default",
+        "nats_per_character": judge(model.module, torch.tensor(data.tokenizer.encode(text[split(text) :]))),
         "seconds": seconds,
         # Embedding and head rows of ids that no training character uses (bytes, separator, padding) are left out.
         "parameters": model.module.num_parameters() - 2 * unused * SIZE["d_model"],
@@ -110,7 +142,7 @@ def run_nanogpt(checkout: Path, text: str, seed: int, steps: int) -> dict[str, A
     spec.loader.exec_module(theirs)
     number = {c: i for i, c in enumerate(sorted(set(text)))}
     ids = torch.tensor([number[c] for c in text])
-    train, validation = ids[: int(0.9 * len(ids))], ids[int(0.9 * len(ids)) :]
+    train, validation = ids[: split(text)], ids[split(text) :]
     torch.manual_seed(seed)
     model = theirs.GPT(theirs.GPTConfig(WINDOW, len(number), SIZE["n_layers"], SIZE["n_heads"], SIZE["d_model"], dropout=0.0, bias=False))
     optimizer = model.configure_optimizers(0.1, RATE, (0.9, 0.99), "cpu")
@@ -131,7 +163,10 @@ def run_nanogpt(checkout: Path, text: str, seed: int, steps: int) -> dict[str, A
     seconds = time.perf_counter() - began
     model.eval()
     nats = judge(lambda windows: model(windows, windows)[0], validation)
-    return {"model": "nanoGPT", "seed": seed, "steps": steps, "nats_per_character": nats, "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())}
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "model": "nanoGPT", "seed": seed, "steps": steps, "lr": RATE, "nats_per_character": nats, "seconds": seconds, "parameters": parameters,
+    }  # fmt: skip
 
 
 @torch.no_grad()
@@ -154,7 +189,8 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         summary.append({
             "model": name,
             "seeds": len(mine),
-            "steps": mine[0]["steps"],
+            "steps (median)": statistics.median(row["steps"] for row in mine),
+            "lr": mine[0]["lr"],
             "mean": statistics.mean(losses),
             "worst": max(losses),
             "seconds (median)": statistics.median(row["seconds"] for row in mine),
