@@ -39,12 +39,17 @@ native_build = load_native_build()
 
 # Contraction is written out where it is meant (fma), so that every instruction set rounds alike. No -ffast-math: kernels
 # promise NaN and infinity; linking with it would flush denormals in the whole process. No -march=native: wheels travel.
-COMPILE = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra -Wno-psabi".split()
+COMPILE = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra -Wno-psabi".split()
+)
 INSTRUCTION_SETS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     # gcc 12 warns about its own header's undefined vectors.
-    "avx512": ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    "avx512": [
+        *("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-mprefer-vector-width=512"),
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
+    ],
 }
 
 
@@ -62,7 +67,9 @@ def find_compiler():
     for command in candidates:
         if shutil.which(command[0]):
             return command
-    raise BuildFailed(f"no C++ compiler was found (looked for {', '.join(c[0] for c in candidates)}); install g++ or clang, or set CXX")
+    raise BuildFailed(
+        f"no C++ compiler was found (looked for {', '.join(c[0] for c in candidates)}); install g++ or clang, or set CXX"
+    )
 
 
 def find_ninja():
@@ -119,7 +126,8 @@ def ninja_file(folder, compiler, target, source_hash):
     compile_edge(CSRC / "dispatch.cpp", "dispatch", ["-O2", *has])
     compile_edge(CSRC / "bindings.cpp", "bindings", ["-O2", *python])
     (folder / "build.ninja").write_text(
-        f"rule compile\n  command = {quote([*compiler, *flags])} $extra -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
+        f"rule compile\n  command = {quote([*compiler, *flags])} $extra -MMD -MF $out.d -c $in -o $out\n"
+        "  depfile = $out.d\n  deps = gcc\n"
         f"rule link\n  command = {quote(compiler)} $in -o $out {quote(link)}\n"
         + "\n".join(edges)
         + f"\nbuild {path(target)}: link {' '.join(objects)}\n"
@@ -170,7 +178,9 @@ def build_cuda(folder, target, source_hash, targets):
 
 def first_error(output):
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line.lower() and not line.startswith("ninja:")), lines[-1] if lines else "no output")
+    return next(
+        (line for line in lines if "error" in line.lower() and not line.startswith("ninja:")), lines[-1] if lines else "no output"
+    )
 
 
 def build_native(folder, target, source_hash):
@@ -210,7 +220,9 @@ class BuildNative(build_ext):
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         wanted = os.environ.get("PSANN_FAST_NATIVE", "auto")
         if wanted not in ("0", "1", "auto"):
-            raise SystemExit(f"PSANN_FAST_NATIVE is {wanted!r}; it must be 0 (build nothing), 1 (fail where the build fails) or auto")
+            raise SystemExit(
+                f"PSANN_FAST_NATIVE is {wanted!r}; it must be 0 (build nothing), 1 (fail where the build fails) or auto"
+            )
         source_hash = native_build.source_hash(CSRC)
         record = {"status": "skipped", "reason": "it was installed with PSANN_FAST_NATIVE=0, which skips the native kernels"}
         if wanted != "0":
@@ -265,7 +277,10 @@ def sources():
 setup(
     packages=find_packages(include=["psann_fast", "psann_fast.*"]) + ["psann_kernels"],
     package_dir={"psann_kernels": PACKAGE},
-    package_data={"psann_fast": ["py.typed", "presets/*.yaml", "generate/server/*.html"], "psann_kernels": ["py.typed", "metadata.json"]},
+    package_data={
+        "psann_fast": ["py.typed", "presets/*.yaml", "generate/server/*.html"],
+        "psann_kernels": ["py.typed", "metadata.json"],
+    },
     ext_modules=[Extension("psann_kernels._native", sources=sources()), Extension("psann_kernels._native_cuda", sources=[])],
     cmdclass={"build_ext": BuildNative},
 )

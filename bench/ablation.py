@@ -2,8 +2,8 @@
 
     python -m bench.ablation --data tinyshakespeare.txt [--seeds 3] [--steps 2000] [--settings NAME ...] [--out FOLDER]
 
-The size and the data are those of bench.learning: 4 layers, 4 heads, d_model 128, windows of 64, 12 of them a step, about 0.82M parameters,
-judged in nats per character over the whole validation part; the rest are the library's defaults. Each run is a row of
+The size and the data are those of bench.learning: 4 layers, 4 heads, d_model 128, windows of 64, 12 of them a step, about 0.82M
+parameters, judged in nats per character over the whole validation part; the rest are the library's defaults. Each run is a row of
 FOLDER/rows.jsonl as soon as it ends, and a row that is there is not run again, so an interrupted table goes on where it stopped;
 --minutes ends it between two runs. FOLDER also receives table.txt, curves.png (training loss, smoothed) and sines.png (learned
 amplitude, frequency and damping of every feature).
@@ -56,7 +56,9 @@ def main() -> None:
     register_base("gelu-twin", lambda config: LanguageModel(config, GELUBlock))
     # All settings with one seed before the next seed, so that an early end leaves a whole table of fewer seeds.
     cells = [{"setting": name, "seed": seed, "steps": options.steps} for seed in range(options.seeds) for name in options.settings]
-    rows = grid(options.out / "rows.jsonl", cells, lambda cell: run(cell["setting"], text, cell["seed"], cell["steps"]), options.minutes)
+    rows = grid(
+        options.out / "rows.jsonl", cells, lambda cell: run(cell["setting"], text, cell["seed"], cell["steps"]), options.minutes
+    )
     report([row for row in rows if row["steps"] == options.steps], options.out)
 
 

@@ -7,9 +7,9 @@ steps of warmup; d_mlp 512, or 448 for waveresnet, whose wave branch takes the d
 defaults. Judged by nats per character over the whole validation part (the last tenth) in windows of 64.
 
 The text is the corpus of char-rnn and nanoGPT, 1,115,394 bytes: data/tinyshakespeare/input.txt of the repository
-karpathy/char-rnn. `--nanogpt` names a checkout of karpathy/nanoGPT, whose own model then runs beside ours with its recipe's settings.
-`--share 0.5` asks what half of nanoGPT's wall time is good for: ours then take as many steps as fit into it, at the library's own
-learning rate.
+karpathy/char-rnn. `--nanogpt` names a checkout of karpathy/nanoGPT, whose own model then runs beside ours with its recipe's
+settings. `--share 0.5` asks what half of nanoGPT's wall time is good for: ours then take as many steps as fit into it, at the
+library's own learning rate.
 """
 
 from __future__ import annotations
@@ -57,13 +57,19 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, help="tinyshakespeare.txt, 1,115,394 bytes")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT, to run its model beside ours")
     parser.add_argument("--seeds", type=int, default=3, help="seeds for each model (default 3)")
-    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps (default 2000, the recipe's; fewer time the models)")
-    parser.add_argument("--share", type=float, help="end ours within this share of nanoGPT's seconds instead of after its steps, for example 0.5")
+    parser.add_argument(
+        "--steps", type=int, default=2000, help="optimizer steps (default 2000, the recipe's; fewer time the models)"
+    )
+    parser.add_argument(
+        "--share", type=float, help="end ours within this share of nanoGPT's seconds instead of after its steps, for example 0.5"
+    )
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
     parser.add_argument("--out", type=Path, default=RESULTS / "learning.jsonl")
     options = parser.parse_args()
     if options.share is not None and (options.nanogpt is None or not 0 < options.share <= 1):
-        raise SystemExit(f"--share is {options.share}: it is a share of what --nanogpt takes, above 0 and at most 1, so both are needed")
+        raise SystemExit(
+            f"--share is {options.share}: it is a share of what --nanogpt takes, above 0 and at most 1, so both are needed"
+        )
     text = read_corpus(options.data)
     register_base("gelu-twin", lambda config: LanguageModel(config, GELUBlock))
 
@@ -88,7 +94,9 @@ def main() -> None:
 def read_corpus(path: Path) -> str:
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != SHA256:
-        raise SystemExit(f"{path} is not the tinyshakespeare corpus (sha256 {SHA256}); see the head of bench/learning.py for where to get it")
+        raise SystemExit(
+            f"{path} is not the tinyshakespeare corpus (sha256 {SHA256}); see the head of bench/learning.py for where to get it"
+        )
     return content.decode()
 
 
@@ -104,7 +112,8 @@ def fit_ours(name: str, text: str, seed: int, steps: int, rate: float | None) ->
     examples_a_epoch = len(data) // ROWS
     began = time.perf_counter()
     model.fit(
-        data, epochs=1 + steps // examples_a_epoch, max_steps=steps, batch_tokens=WINDOW * ROWS, lr=rate, warmup_steps=WARMUP, seed=seed,
+        data, epochs=1 + steps // examples_a_epoch, max_steps=steps, batch_tokens=WINDOW * ROWS, lr=rate, warmup_steps=WARMUP,
+        seed=seed,
     )  # fmt: skip
     return model, data, time.perf_counter() - began
 
@@ -144,7 +153,9 @@ def run_nanogpt(checkout: Path, text: str, seed: int, steps: int) -> dict[str, A
     ids = torch.tensor([number[c] for c in text])
     train, validation = ids[: split(text)], ids[split(text) :]
     torch.manual_seed(seed)
-    model = theirs.GPT(theirs.GPTConfig(WINDOW, len(number), SIZE["n_layers"], SIZE["n_heads"], SIZE["d_model"], dropout=0.0, bias=False))
+    model = theirs.GPT(
+        theirs.GPTConfig(WINDOW, len(number), SIZE["n_layers"], SIZE["n_heads"], SIZE["d_model"], dropout=0.0, bias=False)
+    )
     optimizer = model.configure_optimizers(0.1, RATE, (0.9, 0.99), "cpu")
     began = time.perf_counter()
     for step in range(steps):
@@ -165,7 +176,8 @@ def run_nanogpt(checkout: Path, text: str, seed: int, steps: int) -> dict[str, A
     nats = judge(lambda windows: model(windows, windows)[0], validation)
     parameters = sum(p.numel() for p in model.parameters())
     return {
-        "model": "nanoGPT", "seed": seed, "steps": steps, "lr": RATE, "nats_per_character": nats, "seconds": seconds, "parameters": parameters,
+        "model": "nanoGPT", "seed": seed, "steps": steps, "lr": RATE, "nats_per_character": nats, "seconds": seconds,
+        "parameters": parameters,
     }  # fmt: skip
 
 

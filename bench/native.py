@@ -1,9 +1,10 @@
 """Native kernels on a CPU beside torch: `python -m bench.native [--threads N] [--seconds S] [--sections ...] [--json FILE]`.
 
 The calls of a row are measured in turns, one each per round, and medians of the same rounds are compared; so a noisy machine widens
-the spread and moves the ratios little. A row is checked against the reference before it is timed. Bytes are those that the operation
-must move: inputs read once, outputs written once. Beside every row that memory could bound stands a copy or a read of memory in the
-same rounds, which also empties the caches; the rows of a training step, and those "in cache", are measured with warm ones.
+the spread and moves the ratios little. A row is checked against the reference before it is timed. Bytes are those that the
+operation must move: inputs read once, outputs written once. Beside every row that memory could bound stands a copy or a read of
+memory in the same rounds, which also empties the caches; the rows of a training step, and those "in cache",
+are measured with warm ones.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class Bench:
         self, op: str, shape: str, dtype: torch.dtype, direction: str, calls: dict[str, Call], *, elements: int, moved: int,
         memory: str | None = "copy", before: Call | None = None,
     ) -> None:  # fmt: skip
-        """A row per call. elements, moved: what the operation computes, and the bytes it must move. memory: "copy", "read" or None."""
+        """A row per call. elements, moved: what the operation computes, and the bytes it must move. memory: "copy",
+        "read" or None."""
         beside = {} if memory is None else {memory: getattr(self, memory)}
         seconds = self.race({**beside, **calls}, before)
         median = {name: statistics.median(s) for name, s in seconds.items()}
@@ -165,7 +167,9 @@ def step_rows(bench: Bench) -> None:
     leaves = [x.view(3, 256, 128), taps, *(t[:128] for t in parameters)]
     compare(bench, "wave_conv", wave_conv, leaves, {"dilation": 2}, "3x256x128, 4 taps, after a matmul", **row)
     moved = 4 * (768 * 128 + 128 * 512 + 768 * 512)
-    bench.add("matmul (torch)", "768x128 @ 128x512", a.dtype, "forward", {"torch": product}, elements=768 * 512, moved=moved, memory=None)
+    bench.add(
+        "matmul (torch)", "768x128 @ 128x512", a.dtype, "forward", {"torch": product}, elements=768 * 512, moved=moved, memory=None
+    )
 
 
 def eager_rows(bench: Bench) -> None:
@@ -197,7 +201,10 @@ def attention_rows(bench: Bench) -> None:
             block_table = torch.randperm(blocks).int().view(batch, -1)
             q = torch.randn(batch, heads, head_dim).to(dtype)
             seq_lens, bounds = torch.full((batch,), length, dtype=torch.int32), torch.arange(batch + 1, dtype=torch.int32)
-            k, v = (t[block_table.long()].view(batch, length, kv_heads, head_dim).transpose(1, 2).contiguous() for t in (k_cache, v_cache))
+            k, v = (
+                t[block_table.long()].view(batch, length, kv_heads, head_dim).transpose(1, 2).contiguous()
+                for t in (k_cache, v_cache)
+            )
             q4 = q.unsqueeze(2)
 
             def ours() -> Tensor:
@@ -210,7 +217,9 @@ def attention_rows(bench: Bench) -> None:
                 assert_close("paged_attention", ours(), sdpa().squeeze(2), 2.0**-6 if dtype == torch.bfloat16 else 1e-4)
                 shape = f"B{batch} H{heads}/{kv_heads} D{head_dim}, {length} tokens"
                 calls: dict[str, Call] = {"native": ours, "torch": sdpa}
-                bench.add("paged_attention", shape, dtype, "forward", calls, elements=q.numel() * length, moved=64 * MB, memory="read")
+                bench.add(
+                    "paged_attention", shape, dtype, "forward", calls, elements=q.numel() * length, moved=64 * MB, memory="read"
+                )
 
 
 def linear_rows(bench: Bench) -> None:
@@ -246,7 +255,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=1.0, help="for each row, beyond 7 rounds")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--json", default=str(RESULTS / "native.jsonl"), help="where the conditions and the rows go, one JSON object a line")
+    parser.add_argument(
+        "--json", default=str(RESULTS / "native.jsonl"), help="where the conditions and the rows go, one JSON object a line"
+    )
     options = parser.parse_args()
     if native.NATIVE is None:
         raise SystemExit(f"bench.native: {native.WHY_NOT}")

@@ -42,7 +42,9 @@ def race(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[fl
     return seconds
 
 
-def rows(what: str, shape: str, step: str, variants: dict[str, Callable[[], None]], rounds: int, difference: float) -> list[dict[str, Any]]:
+def rows(
+    what: str, shape: str, step: str, variants: dict[str, Callable[[], None]], rounds: int, difference: float
+) -> list[dict[str, Any]]:
     """One row a variant; the first is what users have today."""
     if not difference <= TOLERANCE:
         raise SystemExit(f"{what}: the patched model's output differs by {difference:.3g}, more than {TOLERANCE}; it is not timed")
@@ -53,8 +55,9 @@ def rows(what: str, shape: str, step: str, variants: dict[str, Callable[[], None
         quarter = statistics.quantiles(s, n=4)
         found.append(
             {
-                "model": what, "shape": shape, "step": step, "huge_pages": os.environ.get(HUGE_PAGES, "0"), "variant": name, "median_ms": statistics.median(s) * 1e3,
-                "spread_ms": (quarter[2] - quarter[0]) * 1e3, "times_unpatched": statistics.median(seconds[first]) / statistics.median(s),
+                "model": what, "shape": shape, "step": step, "huge_pages": os.environ.get(HUGE_PAGES, "0"), "variant": name,
+                "median_ms": statistics.median(s) * 1e3, "spread_ms": (quarter[2] - quarter[0]) * 1e3,
+                "times_unpatched": statistics.median(seconds[first]) / statistics.median(s),
                 "output_difference": difference if "patched" in name else "",
             }  # fmt: skip
         )
@@ -78,7 +81,12 @@ def psannlm_rows(rounds: int) -> list[dict[str, Any]]:
     width, layers, heads, vocabulary, batch, tokens = 512, 8, 8, 4096, 8, 256
     torch.manual_seed(0)
     config = LMConfig(
-        architecture=LMArchitectureConfig.wave(), d_model=width, n_layers=layers, n_heads=heads, d_mlp=4 * width, vocab_size=vocabulary
+        architecture=LMArchitectureConfig.wave(),
+        d_model=width,
+        n_layers=layers,
+        n_heads=heads,
+        d_mlp=4 * width,
+        vocab_size=vocabulary,
     )
     plain = build_lm_model(config).model
     ids = torch.randint(vocabulary, (batch, tokens + 1))

@@ -28,14 +28,19 @@ def main() -> None:
     options = parser.parse_args()
     model = psannLM.load(options.model)
     known = set(WORD.findall(" ".join(default_corpus())))
-    texts = model.generate_batch(["The "] * options.texts, max_new_tokens=options.tokens, temperature=0.8, seed=range(options.texts))
+    texts = model.generate_batch(
+        ["The "] * options.texts, max_new_tokens=options.tokens, temperature=0.8, seed=range(options.texts)
+    )
     words = [word for text in texts for word in WORD.findall(text)]
     repeating = 0
     for text in texts:
         ids = model.tokenizer.encode(text)
         repeating += any(count > 1 for count in Counter(tuple(ids[i : i + 20]) for i in range(len(ids) - 19)).values())
     print(f"{conditions()}\n\nThe {texts[0]}\n")
-    print(f"{len(words)} words of three letters or more, {sum(word in known for word in words) / len(words):.1%} of them in the corpus")
+    print(
+        f"{len(words)} words of three letters or more, {sum(word in known for word in words) / len(words):.1%} of them "
+        "in the corpus"
+    )
     print(f"{repeating} of {len(texts)} texts repeat 20 tokens")
 
 

@@ -3,12 +3,12 @@
     python -m bench.wikitext --train wikitext-2-valid.txt --test wikitext-2-test.txt [--seeds 3] [--steps 300] [--out FOLDER]
 
 Trained on the validation file (1.1 MB) and judged on the whole test file (1.3 MB), both of WikiText-2 as raw word-level text; the
-tokenizer is BPE with 4096 tokens, trained on the former. 4 layers, 4 heads, d_model 128, windows of 128 tokens, 16 of them a step; the
-default base with d_mlp 448 beside respsann's block with GELU and d_mlp 512, of as many parameters within 1 %. The rest are the
+tokenizer is BPE with 4096 tokens, trained on the former. 4 layers, 4 heads, d_model 128, windows of 128 tokens, 16 of them a step;
+the default base with d_mlp 448 beside respsann's block with GELU and d_mlp 512, of as many parameters within 1 %. The rest are the
 library's defaults. The best rate of each is the one whose mean over the seeds is lowest.
 
-Each run is a row of FOLDER/rows.jsonl as soon as it ends and is not run again; --minutes ends the table between two runs. FOLDER also
-receives table.txt and curves.png.
+Each run is a row of FOLDER/rows.jsonl as soon as it ends and is not run again; --minutes ends the table between two runs. FOLDER
+also receives table.txt and curves.png.
 """
 
 from __future__ import annotations

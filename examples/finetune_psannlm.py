@@ -1,4 +1,5 @@
-"""Takes a psannlm model over, trains it on, and saves it here: `python examples/finetune_psannlm.py --model final_model.pt --data my.txt`.
+"""Takes a psannlm model over, trains it on, and saves it here:
+`python examples/finetune_psannlm.py --model final_model.pt --data my.txt`.
 
 Nothing in the file is executed. Without --model the installed psannlm trains a small one first, on the other half of the text.
 """

@@ -1,8 +1,9 @@
-"""A Llama of transformers with our attention, decoding texts of mixed lengths through one paged cache: `python examples/llama_paged.py`.
+"""A Llama of transformers with our attention, decoding texts of mixed lengths through one paged cache:
+`python examples/llama_paged.py`.
 
-A small Llama over bytes is trained for some steps with attn_implementation="psann_triton" (on a GPU) or "psann_torch", since nothing
-is downloaded; `--model FOLDER` takes a Llama that you have instead. Then its own weights run through RotaryAttention and PagedKVCache:
-all prompts in one step, whatever their lengths, and the texts are those of transformers' generate.
+A small Llama over bytes is trained for some steps with attn_implementation="psann_triton" (on a GPU) or "psann_torch", since
+nothing is downloaded; `--model FOLDER` takes a Llama that you have instead. Then its own weights run through RotaryAttention and
+PagedKVCache: all prompts in one step, whatever their lengths, and the texts are those of transformers' generate.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ class PagedLlama(nn.Module):
         self.attentions = nn.ModuleList()
         for layer in llama.model.layers:
             attention = RotaryAttention(
-                config.hidden_size, config.num_attention_heads, config.num_key_value_heads, theta=config.rope_parameters["rope_theta"],
-                max_position=max_position, interleaved=False, bias=config.attention_bias, backend=backend,
+                config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
+                theta=config.rope_parameters["rope_theta"], max_position=max_position, interleaved=False,
+                bias=config.attention_bias, backend=backend,
             )  # fmt: skip
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
                 setattr(attention, name, getattr(layer.self_attn, name))
@@ -117,7 +119,9 @@ def main() -> None:
     llama.set_attn_implementation(implementation)
     for prompt, ids, text in zip(options.prompts, prompts, texts):
         print(f"{prompt!r} -> {decode(text)!r}")
-        alone = llama.generate(torch.tensor([ids], device=device), max_new_tokens=options.new_tokens, do_sample=False, eos_token_id=None)
+        alone = llama.generate(
+            torch.tensor([ids], device=device), max_new_tokens=options.new_tokens, do_sample=False, eos_token_id=None
+        )
         if alone[0, len(ids) :].tolist() != text:
             print(f"  but generate wrote {decode(alone[0, len(ids):].tolist())!r}: two tokens came too close for rounding")
 

@@ -1,7 +1,7 @@
 """Fits an image with a SIREN whose sines are one kernel each: `python examples/siren_image.py --out rings.png`.
 
-The network maps a point (x, y) in [-1, 1]^2 to a color; the image is made here from formulas, so nothing is downloaded. Written is the
-original on the left and the network's on the right. About 20 seconds on two cores at the default size.
+The network maps a point (x, y) in [-1, 1]^2 to a color; the image is made here from formulas, so nothing is downloaded. Written is
+the original on the left and the network's on the right. About 20 seconds on two cores at the default size.
 """
 
 from __future__ import annotations

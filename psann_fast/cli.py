@@ -75,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     train = commands.add_parser("train", help="train a model and let it write", description="Train a model. Without arguments: the "
-                                "quickstart preset on an embedded corpus. Options below override --config, which overrides --preset.")  # fmt: skip
+                                "quickstart preset on an embedded corpus. Options below override --config, "
+                                "which overrides --preset.")  # fmt: skip
     train.set_defaults(run=_train)
     train.add_argument("--preset", default="quickstart", help=f"one of {', '.join(presets.presets())} (default: quickstart)")
     train.add_argument("--config", metavar="FILE", help="YAML file with the sections model, data, train")
@@ -98,9 +99,13 @@ def _parser() -> argparse.ArgumentParser:
     importer.set_defaults(run=_import)
     importer.add_argument("path", help=".pt file of psannlm 2.0.1 or 0.12, or an exported folder; nothing in it is executed")
     importer.add_argument("--out", metavar="FOLDER", required=True, help="folder for the model")
-    importer.add_argument("--drop", action="append", default=[], metavar="PART", help="leave a part behind: wave, psannlm's wave branch")
+    importer.add_argument(
+        "--drop", action="append", default=[], metavar="PART", help="leave a part behind: wave, psannlm's wave branch"
+    )
     importer.add_argument("--n-heads", type=int, metavar="N", help="for psannlm files that do not say it")
-    importer.add_argument("--positional-encoding", metavar="NAME", help="rope, alibi or sinusoidal, for psannlm files that do not say it")
+    importer.add_argument(
+        "--positional-encoding", metavar="NAME", help="rope, alibi or sinusoidal, for psannlm files that do not say it"
+    )
 
     tokenizing = commands.add_parser("tokenize", help="turn a large corpus into token shards to train from")
     tokenizing.set_defaults(run=_tokenize)
@@ -119,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
 
     lister = commands.add_parser("runs", help="list and compare run folders")
     lister.set_defaults(run=_runs)
-    lister.add_argument("folders", nargs="*", default=["runs"], metavar="FOLDER", help="run folders, or a folder of them (default: runs)")
+    lister.add_argument(
+        "folders", nargs="*", default=["runs"], metavar="FOLDER", help="run folders, or a folder of them (default: runs)"
+    )
     lister.add_argument("--json", action="store_true", help="print JSON")
 
     exporter = commands.add_parser("export", help="write a model for another library")
@@ -243,7 +250,10 @@ def _runs(options: argparse.Namespace) -> int:
     print(f"{'run':{width}}  {'step':>7}  {'loss':>7}  {'val':>7}  {'best':>7}  {'tokens/s':>9}  {'MFU':>5}")
     show = lambda value, form: "-" if value is None else format(value, form)  # noqa: E731 (one line's worth)
     for row in sorted(rows, key=lambda row: row["best_val_loss"] or float("inf")):
-        print(f"{row['run']:{width}}  " + "  ".join(show(row[name], form).rjust(int(form[1])) for name, form in COLUMNS_OF_RUNS.items()))
+        print(
+            f"{row['run']:{width}}  "
+            + "  ".join(show(row[name], form).rjust(int(form[1])) for name, form in COLUMNS_OF_RUNS.items())
+        )
     for name, values in differing.items():
         print(f"{name}: " + ", ".join(f"{run} {value}" for run, value in values.items()))
     return 0

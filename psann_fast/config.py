@@ -176,10 +176,14 @@ class ModelConfig:
     wave_kernel: int = _option(4, _whole(1), "taps of the wave branch's causal convolution (base 'waveresnet')")
     wave_dilations: tuple[int, ...] = _option(
         (1, 2, 4),
-        lambda v: None if isinstance(v, (tuple, list)) and v and not any(_whole(1)(d) for d in v) else "whole numbers of at least 1",
+        lambda v: (
+            None if isinstance(v, (tuple, list)) and v and not any(_whole(1)(d) for d in v) else "whole numbers of at least 1"
+        ),
         "dilations of the wave branch, taken in turn by the layers",
     )
-    backend: str = _option("auto", _one_of(*BACKENDS), "which kernels run: 'auto', 'triton', 'native' or 'torch'; not saved with the model")
+    backend: str = _option(
+        "auto", _one_of(*BACKENDS), "which kernels run: 'auto', 'triton', 'native' or 'torch'; not saved with the model"
+    )
     device: str = _option("auto", _text, "'auto' (a usable GPU, else the CPU) or a torch device name; not saved with the model")
     rope: InitVar[bool | None] = None
     sine_params: InitVar[SineParams | Mapping[str, Any] | None] = None
@@ -226,7 +230,9 @@ class ModelConfig:
                 "turn pairs; choose an even head_dim, or positional_encoding 'alibi'"
             )
         if self.positional_encoding == "sinusoidal" and self.d_model % 2:
-            raise ValueError(f"ModelConfig: d_model is {self.d_model}, but sinusoidal positions come in pairs; choose an even d_model")
+            raise ValueError(
+                f"ModelConfig: d_model is {self.d_model}, but sinusoidal positions come in pairs; choose an even d_model"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -280,18 +286,25 @@ class TrainConfig:
     batch_tokens: int = _option(8192, _whole(1), "approximate tokens of a micro-batch")
     grad_accum_steps: int = _option(1, _whole(1), "micro-batches of an optimizer step")
     lr: float | None = _option(
-        None, _real(0, open_low=True), "peak learning rate (default: 3e-3, above a d_model of 128 times sqrt(128 / d_model))", optional=True
+        None,
+        _real(0, open_low=True),
+        "peak learning rate (default: 3e-3, above a d_model of 128 times sqrt(128 / d_model))",
+        optional=True,
     )
     min_lr_ratio: float = _option(0.0, _real(0, 1), "where the cosine ends, after the last step, as a fraction of lr")
     warmup_steps: int = _option(100, _whole(0), "optimizer steps of linear warmup; at most a tenth of the run")
-    optimizer: str = _option("adamw", _one_of(*OPTIMIZERS), "'adamw', or 'muon' for the matrices of the blocks and adamw for the rest")
+    optimizer: str = _option(
+        "adamw", _one_of(*OPTIMIZERS), "'adamw', or 'muon' for the matrices of the blocks and adamw for the rest"
+    )
     weight_decay: float = _option(0.1, _real(0), "weight decay, on matrices only")
     beta1: float = _option(0.9, _real(0, 1, open_high=True), "AdamW decay of the first moment")
     beta2: float = _option(0.99, _real(0, 1, open_high=True), "AdamW decay of the second moment")
     label_smoothing: float = _option(0.0, _real(0, 1, open_high=True), "label smoothing of the cross-entropy")
     grad_clip: float = _option(1.0, _real(0), "largest global gradient norm; 0 does not clip")
     nan_policy: str = _option(
-        "stop", _one_of(*NAN_POLICIES), "at a NaN or infinite loss or gradient: 'stop', or 'skip' that step (20 in a row still stop)"
+        "stop",
+        _one_of(*NAN_POLICIES),
+        "at a NaN or infinite loss or gradient: 'stop', or 'skip' that step (20 in a row still stop)",
     )
     amp: str = _option("auto", _one_of(*AMP_CHOICES), "mixed precision: 'auto', 'bf16', 'fp16' (CUDA only), 'fp32' or 'none'")
     ddp: str = _option(
@@ -303,7 +316,10 @@ class TrainConfig:
     activation_checkpointing: bool = _option(False, _flag, "keep only the input of each block and compute it again in backward")
     seed: int = _option(1337, _whole(0), "seed of dropout, and of the first weights where fit builds the model")
     checkpoint_dir: str | Path | None = _option(
-        None, _text, "run folder: model, checkpoints, metrics, plot, resolved configuration (default: nothing is written)", optional=True
+        None,
+        _text,
+        "run folder: model, checkpoints, metrics, plot, resolved configuration (default: nothing is written)",
+        optional=True,
     )
     log_interval_steps: int = _option(10, _whole(1), "optimizer steps between rows of history_ and metrics.csv")
     save_interval_steps: int = _option(500, _whole(1), "optimizer steps between checkpoints")

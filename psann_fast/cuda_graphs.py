@@ -1,6 +1,7 @@
 """Functions as CUDA graphs: all the kernels that one launches, launched again as one, on the same memory.
 
-The capture has not run on a device yet; see generate/graphs.py and train/graphs.py for what uses it, and how that is tested without one.
+The capture has not run on a device yet; see generate/graphs.py and train/graphs.py for what uses it,
+and how that is tested without one.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ PACKAGES = ("psann-fast", "torch", "triton", "numpy", "safetensors", "sentencepi
 
 
 def report() -> dict[str, Any]:
-    """versions, devices, self-test: op -> "passed" or what is wrong with its Triton kernel on the GPU (empty without one), and ops: a row
-    of op, device, backend, serves, reason for each backend."""
+    """versions, devices, self-test: op -> "passed" or what is wrong with its Triton kernel on the GPU (empty without one), and ops:
+    a row of op, device, backend, serves, reason for each backend."""
     # First, because what it finds wrong refuses afterwards.
     tested = self_test("cuda") if torch.cuda.is_available() else {}
     ops = [row for device in _names() for row in _ops(device)]

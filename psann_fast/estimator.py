@@ -76,7 +76,8 @@ class psannLM:
     def module(self) -> nn.Module:
         """The nn.Module, on its device: `module(input_ids (B, T) int64, document_starts=None) -> logits (B, T, vocab_size)`.
 
-        Initialised from torch's random state on first access (by fit from TrainConfig.seed). Raises ValueError while vocab_size is unknown.
+        Initialised from torch's random state on first access (by fit from TrainConfig.seed).
+        Raises ValueError while vocab_size is unknown.
         """
         if self._module is None:
             if self.config.vocab_size is None:
@@ -132,7 +133,12 @@ class psannLM:
     # -- training -----------------------------------------------------------------------------------------------------------
 
     def fit(
-        self, data: psannLMDataPrep, val_data: psannLMDataPrep | None = None, *, train_config: TrainConfig | None = None, **options: Any
+        self,
+        data: psannLMDataPrep,
+        val_data: psannLMDataPrep | None = None,
+        *,
+        train_config: TrainConfig | None = None,
+        **options: Any,
     ) -> psannLM:
         """Train on `data`; returns self.
 
@@ -172,7 +178,9 @@ class psannLM:
             checkpoint.check_readable(_stored(config, module.state_dict()))
         resumed = self._resumed(settings, config, module, data.dataset)
         is_main = not (settings.ddp != "off" and is_launched()) or int(os.environ["RANK"]) == 0
-        options = {name: configuration.to_dict(part) for name, part in (("model", config), ("train", settings), ("data", data.config))}
+        options = {
+            name: configuration.to_dict(part) for name, part in (("model", config), ("train", settings), ("data", data.config))
+        }
         run_folder = checkpoints = None
         with contextlib.ExitStack() as held:
             if settings.checkpoint_dir is not None and is_main:
@@ -182,7 +190,10 @@ class psannLM:
                     is_resumed=resumed is not None,
                 )  # fmt: skip
                 run_folder = RunFolder(
-                    settings.checkpoint_dir, options, after_step=None if resumed is None else resumed.step, tensorboard=settings.tensorboard
+                    settings.checkpoint_dir,
+                    options,
+                    after_step=None if resumed is None else resumed.step,
+                    tensorboard=settings.tensorboard,
                 )
             # From here on nothing is left to refuse, so the model may change.
             is_new, self._module, self.tokenizer, self.history_ = self._module is None, module, data.tokenizer, []
@@ -195,8 +206,8 @@ class psannLM:
             is_over = False
             try:
                 train(
-                    module, data.dataset, settings, val_examples=val_examples, run=run_folder, history=self.history_, resumed=resumed,
-                    save=None if settings.checkpoint_dir is None else checkpoints.save if is_main else _not_main,
+                    module, data.dataset, settings, val_examples=val_examples, run=run_folder, history=self.history_,
+                    resumed=resumed, save=None if settings.checkpoint_dir is None else checkpoints.save if is_main else _not_main,
                     sample=None if run_folder is None else lambda step: run_folder.add_sample(step, self._sampled(settings)),
                 )  # fmt: skip
                 is_over = True
@@ -218,7 +229,9 @@ class psannLM:
             return None
         if settings.resume != "auto":
             if not Path(settings.resume).is_dir():
-                raise ValueError(f"fit: resume is {str(settings.resume)!r}, and there is no such folder; pass 'auto' or a folder of checkpoints/")
+                raise ValueError(
+                    f"fit: resume is {str(settings.resume)!r}, and there is no such folder; pass 'auto' or a folder of checkpoints/"
+                )
             resumed = checkpoints_of_runs.read(settings.resume)
         elif settings.checkpoint_dir is None:
             raise ValueError("fit: resume is 'auto' and checkpoint_dir is None; pass the checkpoint_dir of the run to continue")
@@ -240,7 +253,9 @@ class psannLM:
         return dataclasses.replace(resumed, weights=weights)
 
     def _sampled(self, settings: TrainConfig) -> str:
-        return settings.sample_prompt + self.generate(settings.sample_prompt, max_new_tokens=100, temperature=0.8, seed=settings.seed)
+        return settings.sample_prompt + self.generate(
+            settings.sample_prompt, max_new_tokens=100, temperature=0.8, seed=settings.seed
+        )
 
     @staticmethod
     def _drawn(config: ModelConfig, seed: int) -> nn.Module:
@@ -340,7 +355,9 @@ class psannLM:
         else:
             seeds = [seed] * len(prompts) if isinstance(seed, (numbers.Number, str)) else list(seed)
         if len(seeds) != len(prompts):
-            raise ValueError(f"{caller}: seed has {len(seeds)} values for {len(prompts)} prompts; pass one for all, or one for each")
+            raise ValueError(
+                f"{caller}: seed has {len(seeds)} values for {len(prompts)} prompts; pass one for all, or one for each"
+            )
         requests = []
         for index, (prompt, own_seed) in enumerate(zip(prompts, seeds)):
             if not isinstance(prompt, str):
@@ -363,7 +380,9 @@ class psannLM:
 
     def _needs_tokenizer(self, caller: str) -> Tokenizer:
         if self.tokenizer is None:
-            raise ValueError(f"{caller}: the model has no tokenizer yet; call fit first, load a saved model, or set model.tokenizer")
+            raise ValueError(
+                f"{caller}: the model has no tokenizer yet; call fit first, load a saved model, or set model.tokenizer"
+            )
         return self.tokenizer
 
     # -- persistence --------------------------------------------------------------------------------------------------------
@@ -372,8 +391,8 @@ class psannLM:
         """Write weights, configuration and tokenizer into the folder `path`, replacing a model saved there as a whole.
 
         Files: safetensors, JSON, the tokenizer's own; manifest.json with checksums comes last, so that an interrupted save leaves
-        the old model. `backend` and `device` are not saved. Raises OSError where the folder cannot be written, ValueError for a model of
-        more tensors than load reads.
+        the old model. `backend` and `device` are not saved. Raises OSError where the folder cannot be written, ValueError for a
+        model of more tensors than load reads.
         """
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.module.state_dict().items()}
         checkpoint.write(path, self._parts(state))

@@ -18,7 +18,9 @@ Settings = dict[str, dict[str, Any]]
 
 def presets() -> list[str]:
     """Names of the presets in the package."""
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files(__package__).joinpath("presets").iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml") for p in resources.files(__package__).joinpath("presets").iterdir() if p.name.endswith(".yaml")
+    )
 
 
 def load_preset(name: str) -> Settings:
@@ -54,7 +56,9 @@ def parse(text: str, where: str) -> Settings:
             raise configuration.unknown_option(where, str(section), SECTIONS)
         options = {} if options is None else options
         if not isinstance(options, Mapping):
-            raise ValueError(f"{where}, section {section}, holds a {type(options).__name__}; it must hold options, one a line: name: value")
+            raise ValueError(
+                f"{where}, section {section}, holds a {type(options).__name__}; it must hold options, one a line: name: value"
+            )
         known = configuration.option_names(SECTIONS[section])
         for name in options:
             if name not in known:

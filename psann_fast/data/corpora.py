@@ -21,7 +21,9 @@ def corpus_files(paths: Iterable[str | Path]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted((file for file in path.rglob("*") if file.suffix in KINDS), key=lambda file: file.relative_to(path).parts)
+            found = sorted(
+                (file for file in path.rglob("*") if file.suffix in KINDS), key=lambda file: file.relative_to(path).parts
+            )
             if not found:
                 raise ValueError(f"{path} holds no {', '.join(KINDS)} file")
             files += found
@@ -67,7 +69,8 @@ def _chunks(file: Path) -> Iterator[str]:
                 # The decoder's own position counts from the bytes that it had kept back.
                 place = position - (len(error.object) - len(content)) + error.start
                 raise ValueError(
-                    f"{file} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {place} ({error.reason}); convert the file"
+                    f"{file} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {place} ({error.reason}); "
+                    "convert the file"
                 ) from None
             position += len(content)
             if text:

@@ -87,7 +87,8 @@ class psannLMDataPrep:
         shards = Shards(folder, verify=verify)
         self = cls.__new__(cls)
         self.config = DataConfig(tokenizer=shards.tokenizer.name, max_length=max_length, seed=seed)
-        self.tokenizer, self.tokenizer_backend, self.vocab_size = shards.tokenizer, shards.tokenizer.name, shards.tokenizer.vocab_size
+        self.tokenizer = shards.tokenizer
+        self.tokenizer_backend, self.vocab_size = shards.tokenizer.name, shards.tokenizer.vocab_size
         self.pad_id, self.eos_id = shards.tokenizer.pad_id, shards.tokenizer.eos_id
         self.dataset = shards.examples("train", max_length, seed)
         self.val_dataset = shards.examples("validation", max_length, seed) if "validation" in shards.parts else None
@@ -108,7 +109,13 @@ class psannLMDataPrep:
     def _examples(self, texts: Sequence[str], max_length: int, name: str) -> Examples:
         stream = pack(self.tokenizer.encode_batch(texts), self.eos_id, self.vocab_size)
         return Examples(
-            stream, max_length, eos_id=self.eos_id, pad_id=self.pad_id, pack=self.config.pack_sequences, seed=self.config.seed, name=name
+            stream,
+            max_length,
+            eos_id=self.eos_id,
+            pad_id=self.pad_id,
+            pack=self.config.pack_sequences,
+            seed=self.config.seed,
+            name=name,
         )
 
 

@@ -1,7 +1,7 @@
 """Token shards on disk: written by `psann-fast tokenize`, memory-mapped for training.
 
-    folder/index.json            format, tokenizer files, and for each part its shards with tokens, bytes; checksums of all of them and
-                                 of the index itself; written last
+    folder/index.json            format, tokenizer files, and for each part its shards with tokens, bytes; checksums of all of them
+                                 and of the index itself; written last
     folder/train-00000.bin       ids of documents end to end with separators, as `pack` lays them: uint16, or int32 for a vocabulary
     folder/validation-00000.bin  above 65536, little-endian
 
@@ -92,7 +92,8 @@ def write_index(folder: Path, tokenizer: Tokenizer, parts: dict[str, dict[str, A
     tokenizer.save(folder)
     sums = {name: xxhash.xxh3_128_hexdigest(content) for name, content in tokenizer.to_files().items()}
     index = {
-        "format": FORMAT, "version": FORMAT_VERSION, "dtype": token_dtype(tokenizer.vocab_size).str, "tokenizer": sums, "parts": parts,
+        "format": FORMAT, "version": FORMAT_VERSION, "dtype": token_dtype(tokenizer.vocab_size).str, "tokenizer": sums,
+        "parts": parts,
     }  # fmt: skip
     waiting = folder / f"{INDEX}.new"
     waiting.write_bytes(sealed(index))
@@ -109,7 +110,8 @@ class Shards:
     tokenizer  the one that the ids are of
     parts      "train" and perhaps "validation": {"shards": [...], "documents": n, "bytes": n}
 
-    Raises ValueError for a folder that is not ours, and for a shard whose size or (unless verify is False) checksum is not the index's.
+    Raises ValueError for a folder that is not ours, and for a shard whose size or (unless verify is False)
+    checksum is not the index's.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:

@@ -13,8 +13,8 @@ class PSANNConfig(PreTrainedConfig):
     wave_kernel, wave_dilations   taps of the wave branch; dilations, taken in turn by the layers
     sine                  mode ("abs", "relu", "none"), learnable (names), bounds {name: [least, largest]}, and for fresh weights
                           amplitude, frequency, damping and their *_std
-    separator_token_id    this id is a document of its own, and the tokens after it see neither it nor what is before; None: no id is.
-                          Through a cache, generate keeps to it; continuous batching, and forward with a cache, see only the
+    separator_token_id    this id is a document of its own, and the tokens after it see neither it nor what is before; None: no id
+                          is. Through a cache, generate keeps to it; continuous batching, and forward with a cache, see only the
                           separators among the new tokens
     """
 

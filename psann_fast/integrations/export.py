@@ -77,14 +77,15 @@ def _save_fast_tokenizer(tokenizer: Tokenizer, config: Any, folder: Path) -> lis
     name = fast.id_to_token
     PreTrainedTokenizerFast(
         tokenizer_object=fast, pad_token=name(tokenizer.pad_id), eos_token=name(tokenizer.eos_id), bos_token=name(tokenizer.eos_id),
-        split_special_tokens=True, clean_up_tokenization_spaces=False, padding_side="left", model_max_length=config.max_position_embeddings,
+        split_special_tokens=True, clean_up_tokenization_spaces=False, padding_side="left",
+        model_max_length=config.max_position_embeddings,
     ).save_pretrained(folder)  # fmt: skip
     return []
 
 
 def import_exported(folder: str | Path, *, backend: str = "auto", device: str = "auto") -> psannLM:
-    """The model that export wrote, or that PSANNForCausalLM.save_pretrained did. Nothing in the folder is executed, and transformers is
-    not needed. Without our tokenizer's files the model has none (a UserWarning).
+    """The model that export wrote, or that PSANNForCausalLM.save_pretrained did. Nothing in the folder is executed, and
+    transformers is not needed. Without our tokenizer's files the model has none (a UserWarning).
 
     Raises CheckpointError for a missing, damaged or foreign folder.
     """
@@ -165,10 +166,11 @@ def _their_config(config: ModelConfig) -> Any:
         sine[name], sine[f"{name}_std"] = getattr(config, f"sine_{short}_init"), getattr(config, f"sine_{short}_init_std")
     window = {} if config.max_length is None else {"max_position_embeddings": config.max_length}
     return PSANNConfig(
-        vocab_size=config.vocab_size, hidden_size=config.d_model, num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads, intermediate_size=config.d_mlp, base=config.base, dropout=config.dropout,
-        positional_encoding=config.positional_encoding, rotary_theta=config.rope_theta, tie_word_embeddings=config.tie_embeddings,
-        wave_kernel=config.wave_kernel, wave_dilations=config.wave_dilations, sine=sine, has_window=config.max_length is not None, **window,
+        vocab_size=config.vocab_size, hidden_size=config.d_model, num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads, intermediate_size=config.d_mlp, base=config.base,
+        dropout=config.dropout, positional_encoding=config.positional_encoding, rotary_theta=config.rope_theta,
+        tie_word_embeddings=config.tie_embeddings, wave_kernel=config.wave_kernel, wave_dilations=config.wave_dilations, sine=sine,
+        has_window=config.max_length is not None, **window,
     )  # fmt: skip
 
 
@@ -188,10 +190,11 @@ def _our_config(described: Mapping[str, Any], backend: str, device: str) -> Mode
     return ModelConfig(
         base=described["base"], d_model=described["hidden_size"], n_layers=described["num_hidden_layers"],
         n_heads=described["num_attention_heads"], n_kv_heads=described["num_key_value_heads"], d_mlp=described["intermediate_size"],
-        vocab_size=described["vocab_size"], positional_encoding=described["positional_encoding"], rope_theta=described["rotary_theta"],
-        dropout=described["dropout"], tie_embeddings=described["tie_word_embeddings"],
+        vocab_size=described["vocab_size"], positional_encoding=described["positional_encoding"],
+        rope_theta=described["rotary_theta"], dropout=described["dropout"], tie_embeddings=described["tie_word_embeddings"],
         max_length=described["max_position_embeddings"] if described.get("has_window", True) else None,
-        wave_kernel=described["wave_kernel"], wave_dilations=tuple(described["wave_dilations"]), backend=backend, device=device, **options,
+        wave_kernel=described["wave_kernel"], wave_dilations=tuple(described["wave_dilations"]), backend=backend, device=device,
+        **options,
     )  # fmt: skip
 
 
@@ -199,7 +202,8 @@ def _card(model: psannLM, has_tokenizer: bool) -> str:
     config = model.config
     loads = "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n" if has_tokenizer else ""
     runs = (
-        'ids = tokenizer("The ", return_tensors="pt").input_ids\nprint(tokenizer.decode(model.generate(ids, max_new_tokens=40)[0]))\n'
+        'ids = tokenizer("The ", return_tensors="pt").input_ids\n'
+        "print(tokenizer.decode(model.generate(ids, max_new_tokens=40)[0]))\n"
         if has_tokenizer
         else f"print(model(torch.randint({config.vocab_size}, (1, 8))).logits.shape)\n"
     )
@@ -217,9 +221,10 @@ tags: [psann, sine-activation]
 
 # A PSANN language model
 
-Base `{config.base}`: {config.n_layers} layers, d_model {config.d_model}, {config.n_heads} heads ({config.n_kv_heads} for keys and values), MLP width
-{config.d_mlp}, vocabulary {config.vocab_size}, positions `{config.positional_encoding}`, {model.module.num_parameters():,} parameters. Its MLPs use a learnable damped sine,
-`A exp(-d |z|) sin(f z)`. Causal; exported by psann-fast.
+Base `{config.base}`: {config.n_layers} layers, d_model {config.d_model}, {config.n_heads} heads ({config.n_kv_heads} for keys and
+values), MLP width {config.d_mlp}, vocabulary {config.vocab_size}, positions `{config.positional_encoding}`,
+{model.module.num_parameters():,} parameters. Its MLPs use a learnable damped sine, `A exp(-d |z|) sin(f z)`.
+Causal; exported by psann-fast.
 
 ```python
 {needs}{"" if has_tokenizer else chr(10) + "import torch"}
@@ -228,9 +233,9 @@ folder = "."  # or the name of this repository
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 {loads}{runs}```
 
-`trust_remote_code` runs `modeling_psann.py` and `configuration_psann.py` of this folder: read them first. They need transformers 5.23 or
-newer, and use the fused kernels of psann-fast where it is installed. `psann-fast import` brings the folder back. The id between documents
-(`separator_token_id`, also BOS and EOS) stands alone, as in training: a text gives the same with and without it in front.
+`trust_remote_code` runs `modeling_psann.py` and `configuration_psann.py` of this folder: read them first. They need transformers
+5.23 or newer, and use the fused kernels of psann-fast where it is installed. `psann-fast import` brings the folder back. The id
+between documents (`separator_token_id`, also BOS and EOS) stands alone, as in training: a text gives the same with and without it in front.
 
 ## Training
 

@@ -1,5 +1,6 @@
-"""Our tokenizers as tokenizers of the `tokenizers` library, which transformers reads: the same ids for every text, the same text for
-ids. Where ids spell no UTF-8, one of SentencePiece writes U+FFFD for each byte of the run of bytes, and ours for what is broken alone."""
+"""Our tokenizers as tokenizers of the `tokenizers` library, which transformers reads: the same ids for every text, the same text
+for ids. Where ids spell no UTF-8, one of SentencePiece writes U+FFFD for each byte of the run of bytes,
+and ours for what is broken alone."""
 
 from __future__ import annotations
 

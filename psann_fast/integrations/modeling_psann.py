@@ -222,8 +222,8 @@ def causal_mask(config, x, attention_mask, past_key_values, position_ids):
         if torch.compiler.is_compiling() or bool((first > 0).any()):
             first = first.expand(x.shape[0], -1)
             inside = lambda row, head, query, key: key >= first[row, query - past]  # noqa: E731
-    # ALiBi adds its biases to the mask, so there must be one even where all is plainly causal. transformers is not told the positions:
-    # it would look for packed documents itself, and renumber the queries and keys that `inside` gets.
+    # ALiBi adds its biases to the mask, so there must be one even where all is plainly causal. transformers is not told the
+    # positions: it would look for packed documents itself, and renumber the queries and keys that `inside` gets.
     return create_causal_mask(
         config, x, attention_mask, past_key_values, and_mask_function=inside,
         allow_is_causal_skip=config.positional_encoding != "alibi",
@@ -321,7 +321,12 @@ class PSANNModel(PSANNPreTrainedModel):
         x = self.dropout(x)
         for block in self.blocks:
             x = block(
-                x, position_ids=position_ids, position_embeddings=rotary, attention_mask=mask, past_key_values=past_key_values, **kwargs
+                x,
+                position_ids=position_ids,
+                position_embeddings=rotary,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(x), past_key_values=past_key_values if use_cache else None)
 
@@ -360,7 +365,11 @@ class PSANNForCausalLM(PSANNPreTrainedModel, GenerationMixin):
         if is_whole and separator is not None and bool((input_ids == separator).any()):
             kwargs["position_ids"] = document_positions(input_ids, attention_mask, separator)
         return super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
         )
 
     @staticmethod
@@ -372,7 +381,8 @@ class PSANNForCausalLM(PSANNPreTrainedModel, GenerationMixin):
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, labels=None,
         use_cache=None, logits_to_keep=0, return_dict=None, **kwargs,
     ):  # fmt: skip
-        """Logits (B, T, vocab_size), and with labels (B, T) the mean loss of the next tokens; arguments as of other causal models."""
+        """Logits (B, T, vocab_size), and with labels (B, T) the mean loss of the next tokens;
+        arguments as of other causal models."""
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
             inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,

@@ -47,7 +47,8 @@ class Report:
 
 
 def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False, dry_run: bool = False) -> Report:
-    """Replace what our kernels compute in `model`, this instance alone, by our kernels. Parameters, names, hooks and state dict stay.
+    """Replace what our kernels compute in `model`, this instance alone, by our kernels. Parameters, names,
+    hooks and state dict stay.
 
     backend   "auto", "triton", "native" or "torch"; an op that the backend does not implement at all runs as under "auto"
     strict    raise PatchError, changing nothing, if a module of a known kind cannot be replaced
@@ -58,8 +59,8 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False, dry_
     SIREN's sin(w0 * z): modules named Sine with `w0` or `omega_0`, and SineLayer with its `linear`
     RMS norms with `weight` or `scale`
     psannlm's SelfAttention (rotary, ALiBi or neither); with a cache of its own it keeps its own code
-    models of transformers: the attention (attn_implementation becomes psann_triton on a GPU, psann_torch elsewhere); and in the Llama
-    family the loss, in training: lm_head and cross-entropy in one, so that the output's logits are None there
+    models of transformers: the attention (attn_implementation becomes psann_triton on a GPU, psann_torch elsewhere); and in the
+    Llama family the loss, in training: lm_head and cross-entropy in one, so that the output's logits are None there
 
     Patching again does nothing. Raises TypeError for what is no nn.Module; ValueError for a backend that does not exist.
     """

@@ -1,4 +1,5 @@
-"""The loss of transformers' causal models, as patch replaces it: lm_head and cross-entropy in one, without all the logits at once."""
+"""The loss of transformers' causal models, as patch replaces it: lm_head and cross-entropy in one,
+without all the logits at once."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def of_transformers(name: str, module: nn.Module, backend: str) -> Plan | None:
     example = (weight.new_empty((1, weight.shape[1])), weight, torch.zeros(1, dtype=torch.int64, device=weight.device))
     note = "in training with labels, the output's logits are None"
     return replacement(
-        name, module, OPS["linear_cross_entropy"], backend, example, {"bias": module.lm_head.bias, "reduction": "mean"}, forward, note
+        name, module, OPS["linear_cross_entropy"], backend, example, {"bias": module.lm_head.bias, "reduction": "mean"}, forward,
+        note
     )  # fmt: skip
 
 

@@ -58,7 +58,9 @@ def siren(name: str, module: nn.Module, backend: str) -> Plan | None:
         wide = torch.float64 if z.dtype == torch.float64 else torch.float32
         key = (z.shape[-1], z.device, wide)
         if key not in constants:
-            constants[key] = tuple(torch.full(key[:1], value, dtype=wide, device=z.device) for value in (1.0, float(frequency), 0.0))
+            constants[key] = tuple(
+                torch.full(key[:1], value, dtype=wide, device=z.device) for value in (1.0, float(frequency), 0.0)
+            )
         return damped_sine(z, *constants[key], mode="none", backend=chosen)
 
     def layer(self: nn.Module, x: Tensor) -> Tensor:
@@ -67,7 +69,10 @@ def siren(name: str, module: nn.Module, backend: str) -> Plan | None:
     def activation(self: nn.Module, z: Tensor) -> Tensor:
         return sine(z)
 
-    example = (weight.new_empty(1, 1), *(weight.new_empty(1, dtype=torch.promote_types(weight.dtype, torch.float32)) for _ in range(3)))
+    example = (
+        weight.new_empty(1, 1),
+        *(weight.new_empty(1, dtype=torch.promote_types(weight.dtype, torch.float32)) for _ in range(3)),
+    )
     return replacement(name, module, OPS["damped_sine"], backend, example, {"mode": "none"}, layer if is_layer else activation)
 
 

@@ -83,7 +83,8 @@ def replacement(
 
 
 def equals(forward: Callable[..., Any], module: nn.Module, probe: Tensor, expected: Tensor, roundings: int = 4) -> bool:
-    """Whether the module's own forward gives `expected`, but for some roundings: so that a class of the same name is not misread."""
+    """Whether the module's own forward gives `expected`, but for some roundings:
+    so that a class of the same name is not misread."""
     try:
         with torch.no_grad():
             found = forward(module, probe)

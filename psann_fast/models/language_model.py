@@ -29,7 +29,8 @@ class LanguageModel(nn.Module):
         if config.vocab_size is None:
             raise ValueError("LanguageModel: config.vocab_size is None; give the number of token ids")
         self.config = config
-        # Drawn in reset_parameters alone: nn.Embedding's own draw is thrown away, and without memory it imports torch's compiler (2 s).
+        # Drawn in reset_parameters alone: nn.Embedding's own draw is thrown away,
+        # and without memory it imports torch's compiler (2 s).
         self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.d_model), freeze=False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.n_layers))
@@ -60,8 +61,8 @@ class LanguageModel(nn.Module):
 
         document_starts  (B, T) bool, True at the first token of each document: attention, positions and the wave branch begin
                          anew there. A row always begins one. None: each row is one document.
-        targets          (B, T) int64, or -100 where there is none. Then their cross-entropy in nats, summed, is returned: () float32
-                         (float64 for a float64 model), without ever holding all logits
+        targets          (B, T) int64, or -100 where there is none. Then their cross-entropy in nats, summed, is returned: ()
+                         float32 (float64 for a float64 model), without ever holding all logits
         label_smoothing  weight of the uniform distribution in the target
 
         Raises ValueError for other shapes or dtypes, and on a CPU for ids out of range.
@@ -81,13 +82,19 @@ class LanguageModel(nn.Module):
         """The call of training; the blocks' modules describe their own."""
         weight = self.lm_head.weight
         targets = torch.zeros(1, dtype=torch.int64, device=weight.device)
-        yield OPS["linear_cross_entropy"], self._loss_backend, (weight.new_empty(1, weight.shape[1]), weight, targets), {"reduction": "sum"}
+        yield (
+            OPS["linear_cross_entropy"],
+            self._loss_backend,
+            (weight.new_empty(1, weight.shape[1]), weight, targets),
+            {"reduction": "sum"},
+        )
 
     def hidden(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
         """What the output projection takes, (B, T, d_model); arguments as forward."""
         if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
             raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; it must be (batch, tokens) of torch.int64"
+                f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; "
+                "it must be (batch, tokens) of torch.int64"
             )
         if document_starts is not None and (document_starts.shape != input_ids.shape or document_starts.dtype != torch.bool):
             raise ValueError(

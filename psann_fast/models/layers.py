@@ -156,7 +156,14 @@ class Attention(nn.Module):
         slopes = None if self.slopes is None else self.slopes.beside(q)
         if isinstance(where, Window):
             y = rope_attention(
-                q, k, v, where.cos, where.sin, cu_seqlens=where.cu_seqlens, alibi_slopes=slopes, backend=self.backends["rope_attention"]
+                q,
+                k,
+                v,
+                where.cos,
+                where.sin,
+                cu_seqlens=where.cu_seqlens,
+                alibi_slopes=slopes,
+                backend=self.backends["rope_attention"],
             )
         else:
             k_cache, v_cache = where.k_cache[layer], where.v_cache[layer]
@@ -171,8 +178,8 @@ class Attention(nn.Module):
         return self.dropout(self.o_proj(y.flatten(-2)))
 
     def _projected(self, x: Tensor, is_window: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v (..., width). Of whole windows by one product, whose gradients are one product each too; for the few tokens of a
-        decoding step, laying the matrices side by side would take longer than multiplying them."""
+        """q, k and v (..., width). Of whole windows by one product, whose gradients are one product each too; for the few tokens of
+        a decoding step, laying the matrices side by side would take longer than multiplying them."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
         if not (is_window and x.shape[:-1].numel() >= ENOUGH_TOKENS and all(map(is_plain_linear, parts))):
             return tuple(part(x) for part in parts)

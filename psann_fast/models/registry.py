@@ -29,5 +29,7 @@ def register_base(name: str, builder: Callable[[ModelConfig], nn.Module]) -> Non
 def build_model(config: ModelConfig) -> nn.Module:
     """The model that `config` describes, freshly initialised from torch's random state. Raises ValueError for an unknown base."""
     if config.base not in _BASES:
-        raise ValueError(f"base is {config.base!r}; choose one of {', '.join(map(repr, sorted(_BASES)))}, or add it with register_base")
+        raise ValueError(
+            f"base is {config.base!r}; choose one of {', '.join(map(repr, sorted(_BASES)))}, or add it with register_base"
+        )
     return _BASES[config.base](config)

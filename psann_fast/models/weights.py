@@ -33,7 +33,8 @@ def misfit(config: ModelConfig, state: Mapping[str, Tensor]) -> str | None:
             wanted = tuple(expected[name].shape) if name in expected else "absent"
             if found != wanted:
                 return (
-                    f"the tensor {name:.100} is {found}, and should be {wanted}: it is missing, unknown, or of another shape than the "
+                    f"the tensor {name:.100} is {found}, and should be {wanted}: "
+                    "it is missing, unknown, or of another shape than the "
                     "configuration says"
                 )
     return None

@@ -1,8 +1,8 @@
 """A folder of named files that is always either the old version or the new one, whole.
 
 Files carry a generation in their name. manifest.json lists them with sizes and checksums, and has one of itself; it is renamed into
-place last, older files go afterwards, and reading touches only what it names. (Renaming a folder cannot replace one that has files.)
-No pickle: weights are safetensors, everything else JSON or the tokenizer library's own model file.
+place last, older files go afterwards, and reading touches only what it names. (Renaming a folder cannot replace one that has
+files.) No pickle: weights are safetensors, everything else JSON or the tokenizer library's own model file.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ MOST_TENSORS = 1 << 15  # reading one takes 20 microseconds, and a layer has som
 # What a file is made of: its bytes, tensors by name (safetensors), a file of the same content, or a function that writes it.
 Part = Union[bytes, Mapping[str, Tensor], Path, Callable[[Path], object]]
 SAFETENSORS = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
-    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
 
@@ -145,7 +145,9 @@ def read(folder: str | Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; pass the folder that save() wrote")
     if not (folder / MANIFEST).is_file():
-        raise CheckpointError(f"{folder} has no {MANIFEST}, so it is not a saved psann-fast model; pass the folder that save() wrote")
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}, so it is not a saved psann-fast model; pass the folder that save() wrote"
+        )
     paths = {}
     for name, entry in _read_manifest(folder)["files"].items():
         path = folder / entry["file"]
@@ -175,8 +177,8 @@ def check_readable(weights: Collection[object]) -> None:
     """Raise ValueError for more weights than `read_tensors` takes: a model that could not be loaded is not saved."""
     if len(weights) > MOST_TENSORS:
         raise ValueError(
-            f"the model has {len(weights):,} tensors, and a saved model can have {MOST_TENSORS:,}, since no more are read back; make it "
-            "of fewer layers, or keep module.state_dict() in a file of your own"
+            f"the model has {len(weights):,} tensors, and a saved model can have {MOST_TENSORS:,}, since no more are read back; "
+            "make it of fewer layers, or keep module.state_dict() in a file of your own"
         )
 
 
@@ -218,7 +220,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a {FORMAT} manifest; pass the folder that save() wrote")
     if manifest.get("version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {manifest.get('version')!r}; this psann-fast reads version {FORMAT_VERSION}: install the one that wrote it"
+            f"{path} has format version {manifest.get('version')!r}; this psann-fast reads version {FORMAT_VERSION}: "
+            "install the one that wrote it"
         )
     files = manifest.get("files")
     ok = isinstance(files, dict) and isinstance(manifest.get("generation"), int)
@@ -229,7 +232,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _is_entry(entry: Any) -> bool:
-    """True for {"file", "size", "xxh3_128"} whose file is a plain name, so that no manifest reaches outside its folder or at itself."""
+    """True for {"file", "size", "xxh3_128"} whose file is a plain name, so that no manifest reaches outside its folder or at
+    itself."""
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("size"), int)

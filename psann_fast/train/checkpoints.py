@@ -99,7 +99,9 @@ class Checkpoints:
 
 def newest_step(folder: str | Path) -> int | None:
     """The step of the newest finished checkpoint of a run folder, unread; None if there is none."""
-    return next((int(place.name.partition("-")[2]) for place in _steps(Path(folder)) if (place / checkpoint.MANIFEST).exists()), None)
+    return next(
+        (int(place.name.partition("-")[2]) for place in _steps(Path(folder)) if (place / checkpoint.MANIFEST).exists()), None
+    )
 
 
 def newest(folder: str | Path) -> Snapshot | None:

@@ -1,7 +1,7 @@
 """The processes that train together: torch's DDP and FSDP2 under torchrun, and the few words that they exchange.
 
-One process is a group of itself, so the training loop has one form. Every process sees the whole order of examples and takes its own
-rows of each micro-batch; gradients are averaged once a step; process 0 alone writes, and its errors become everyone's.
+One process is a group of itself, so the training loop has one form. Every process sees the whole order of examples and takes its
+own rows of each micro-batch; gradients are averaged once a step; process 0 alone writes, and its errors become everyone's.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class Group:
         return contextlib.nullcontext() if is_last else wrapped.no_sync()
 
     def reshard(self, wrapped: nn.Module) -> None:
-        """Share the parameters out again after a forward without a backward, which leaves FSDP2's outermost ones whole: as other tensors
-        than the optimizer's."""
+        """Share the parameters out again after a forward without a backward, which leaves FSDP2's outermost ones whole: as other
+        tensors than the optimizer's."""
         if self.is_sharded:
             wrapped.reshard()
 

@@ -89,7 +89,8 @@ def pinned(source: Iterator[StepData], depth: int = 2) -> Iterator[StepData]:
 
 
 def on_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(input_ids, targets, document_starts or None) of a batch. None where no row holds two documents, so that nothing is masked."""
+    """(input_ids, targets, document_starts or None) of a batch. None where no row holds two documents,
+    so that nothing is masked."""
     starts = batch["document_starts"]
     # Seen here, where the batch is still on the host.
     needed = bool(starts[:, 1:].any())

@@ -42,7 +42,11 @@ class StepGraphs:
     """
 
     def __init__(
-        self, run: MicroBatch, learning: Sequence[nn.Parameter], rows: int, capture: Callable[[Callable[[], None]], Callable[[], None]]
+        self,
+        run: MicroBatch,
+        learning: Sequence[nn.Parameter],
+        rows: int,
+        capture: Callable[[Callable[[], None]], Callable[[], None]],
     ) -> None:
         self._run, self._rows, self._capture = run, rows, capture
         self._dtype = torch.promote_types(learning[0].dtype, torch.float32)

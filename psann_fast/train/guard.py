@@ -94,7 +94,9 @@ class Guard:
         if self.stops:
             raise TrainingDiverged(f"{what}; the weights are those before it. {advice}")
         if in_a_row >= MOST_SKIPS_IN_A_ROW or (self.scaler.is_enabled() and self.scaler.get_scale() < 1):
-            raise TrainingDiverged(f"{what}, and {in_a_row} steps in a row were skipped; the weights are those before them. {advice}")
+            raise TrainingDiverged(
+                f"{what}, and {in_a_row} steps in a row were skipped; the weights are those before them. {advice}"
+            )
         if skipped > self._reported and not self.scaler.is_enabled():
             _LOG.warning("%s: %d steps skipped so far", what, skipped)
         self._reported = skipped

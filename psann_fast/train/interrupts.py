@@ -26,8 +26,8 @@ class Interrupts:
 
     Where `region` is entered, the signal raises Interrupted there and then, so that a long step, a compilation or a validation does
     not hold up the end; elsewhere (an optimizer step, a save) it waits for `check`. Outside the main thread, where Python
-    allows no handlers, it does nothing. A signal that the process was started to ignore (as a shell's background jobs ignore SIGINT)
-    stays ignored.
+    allows no handlers, it does nothing. A signal that the process was started to ignore (as a shell's background jobs ignore
+    SIGINT) stays ignored.
 
     at_once  False: `region` waits too, because other processes would be left in the middle of an exchange
     """

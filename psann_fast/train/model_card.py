@@ -13,14 +13,16 @@ def model_card(
     data: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]],
 ) -> str:
-    """Markdown. model, train and data are resolved configurations, data with train_tokens and train_bytes; history the run's rows."""
+    """Markdown. model, train and data are resolved configurations, data with train_tokens and train_bytes;
+    history the run's rows."""
     validated = [row for row in history if row.get("val_loss") is not None]
     last = history[-1] if history else None
     lines = [
         f"# {name}",
         "",
         f"A sine-activated language model of psann-fast: base `{model['base']}`, {parameters:,} parameters, {model['n_layers']} "
-        f"layers of width {model['d_model']}, {model['n_heads']} heads, vocabulary {model['vocab_size']}, window {model['max_length']} tokens.",
+        f"layers of width {model['d_model']}, {model['n_heads']} heads, vocabulary {model['vocab_size']}, window "
+        f"{model['max_length']} tokens.",
         "",
         "## Training",
         "",

@@ -1,4 +1,5 @@
-"""Muon: momentum whose update of each matrix is made orthogonal. Batched over equal shapes, in the dtype that the device multiplies best."""
+"""Muon: momentum whose update of each matrix is made orthogonal. Batched over equal shapes,
+in the dtype that the device multiplies best."""
 
 from __future__ import annotations
 
@@ -18,14 +19,15 @@ MOST_AT_ONCE = 1 << 26  # elements made orthogonal together: 128 MB in bfloat16
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised, scaled to the root mean square of AdamW's updates (so that one rate serves both); decay apart.
+    """Nesterov momentum, orthogonalised, scaled to the root mean square of AdamW's updates (so that one rate serves both);
+    decay apart.
 
     params        matrices only
     lr            learning rate
     weight_decay  each step multiplies a weight by 1 - lr * weight_decay
 
-    The same step as torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), which works matrix by matrix and in bfloat16 everywhere: on a CPU
-    without bfloat16 instructions that takes several times as long as the training step it serves. State: "momentum_buffer".
+    The same step as torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), which works matrix by matrix and in bfloat16 everywhere: on a
+    CPU without bfloat16 instructions that takes several times as long as the training step it serves. State: "momentum_buffer".
     Like torch's fused optimizers it takes no step where the attribute `found_inf`, a () tensor on the device, is 1.
 
     Raises ValueError for a parameter that is no matrix.
@@ -41,7 +43,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.dim() != 2:
-                    raise ValueError(f"params: one has the shape {tuple(p.shape)}; Muon takes matrices only, give the others to AdamW")
+                    raise ValueError(
+                        f"params: one has the shape {tuple(p.shape)}; Muon takes matrices only, give the others to AdamW"
+                    )
 
     @torch.no_grad()
     def step(self) -> None:

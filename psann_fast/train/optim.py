@@ -29,7 +29,9 @@ def build_optimizers(module: nn.Module, config: TrainConfig) -> list[torch.optim
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    ]
     if orthogonal:
         optimizers.append(Muon(orthogonal, lr=config.lr, weight_decay=config.weight_decay))
     return optimizers
@@ -38,7 +40,8 @@ def build_optimizers(module: nn.Module, config: TrainConfig) -> list[torch.optim
 def default_rate(d_model: int) -> float:
     """The peak learning rate for a model of this width where none is given.
 
-    3e-3 is the best for the sine models of bench.ablation (d_model 128); wider ones take smaller steps, as products of more terms need.
+    3e-3 is the best for the sine models of bench.ablation (d_model 128); wider ones take smaller steps,
+    as products of more terms need.
     """
     return 3e-3 * min(1.0, math.sqrt(128 / d_model))
 
@@ -49,7 +52,8 @@ def is_product(name: str, parameter: nn.Parameter) -> bool:
 
 
 def warmup_length(config: TrainConfig, total_steps: int) -> int:
-    """Optimizer steps of warmup: as configured, but at most a tenth of the run, so that a short run learns. Says so when it cuts."""
+    """Optimizer steps of warmup: as configured, but at most a tenth of the run, so that a short run learns.
+    Says so when it cuts."""
     longest = max(1, total_steps // 10)
     if config.warmup_steps > longest:
         _LOG.info("warmup_steps %d is shortened to %d, a tenth of this run's %d steps", config.warmup_steps, longest, total_steps)
@@ -58,7 +62,8 @@ def warmup_length(config: TrainConfig, total_steps: int) -> int:
 
 
 def learning_rate(step: int, total_steps: int, warmup: int, config: TrainConfig) -> float:
-    """Rate of optimizer step `step` (from 0): linear warmup to lr, then a cosine that reaches min_lr_ratio * lr after the last step.
+    """Rate of optimizer step `step` (from 0): linear warmup to lr, then a cosine that reaches min_lr_ratio * lr after
+    the last step.
 
     After, not at: with a ratio of 0 the last step would move nothing.
     """

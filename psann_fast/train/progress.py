@@ -13,7 +13,9 @@ class Progress:
     def __init__(self, total_steps: int, *, shown: bool) -> None:
         # A log file wants a line now and then, a terminal ten a second.
         interval = 0.1 if sys.stderr.isatty() else 5.0
-        self._bar = tqdm(total=total_steps, unit="step", desc="training", disable=not shown, mininterval=interval, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total_steps, unit="step", desc="training", disable=not shown, mininterval=interval, dynamic_ncols=True
+        )
         self._notes: dict[str, str] = {}
 
     def step(self, count: int) -> None:

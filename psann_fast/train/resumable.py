@@ -48,7 +48,8 @@ STATE: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_resumable(taken: Snapshot, module: nn.Module) -> None:
-    """Raise CheckpointError unless the state, the optimizer's tensors and the random states are those of a run that trained `module`.
+    """Raise CheckpointError unless the state, the optimizer's tensors and the random states are those of a run that trained
+    `module`.
 
     The weights are compared elsewhere.
     """
@@ -75,7 +76,9 @@ def _check_moments(taken: Snapshot, parameters: Mapping[str, nn.Parameter]) -> N
     learning = {name for name, parameter in parameters.items() if parameter.requires_grad}
     was_moved = taken.state["guard"]["skipped"] < taken.state["step"]
     for name in sorted(learning ^ kept.keys() if was_moved else kept.keys() - learning):
-        raise _unusable(f"its optimizer's state of {name:.100} is {'missing' if name in learning else 'of no parameter that learns'}")
+        raise _unusable(
+            f"its optimizer's state of {name:.100} is {'missing' if name in learning else 'of no parameter that learns'}"
+        )
     for name, values in kept.items():
         shape = parameters[name].shape
         if values.keys() not in KINDS or any(value.shape != (() if key == "step" else shape) for key, value in values.items()):

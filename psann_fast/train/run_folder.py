@@ -163,7 +163,8 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def read_metrics(folder: str | Path) -> tuple[list[dict[str, Any]], bool]:
-    """The rows of a run's metrics.jsonl, and whether the file is whole and agrees with metrics.csv; a torn last line is left out."""
+    """The rows of a run's metrics.jsonl, and whether the file is whole and agrees with metrics.csv;
+    a torn last line is left out."""
     rows: list[dict[str, Any]] = []
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():

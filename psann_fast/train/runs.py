@@ -11,7 +11,8 @@ from .run_folder import read_metrics
 
 
 def find_runs(folders: Iterable[str | Path]) -> list[Path]:
-    """The run folders among `folders` and up to two levels below them, by name. Raises FileNotFoundError for one that is not there."""
+    """The run folders among `folders` and up to two levels below them, by name.
+    Raises FileNotFoundError for one that is not there."""
     found: list[Path] = []
     for folder in map(Path, folders):
         if not folder.is_dir():

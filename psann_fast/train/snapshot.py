@@ -18,7 +18,8 @@ class Snapshot:
 
     weights  the module's state dict, on the CPU
     tensors  "optimizer/<parameter>/<moment>" and "random/<process>/<device kind>", on the CPU
-    state    what JSON holds: step, tokens, the best validation loss, the gradient scale, the options of the run, the data's fingerprint
+    state    what JSON holds: step, tokens, the best validation loss, the gradient scale, the options of the run,
+             the data's fingerprint
     """
 
     step: int

@@ -35,7 +35,8 @@ _LOG = logging.getLogger("psann_fast")
 # Options that may change when a run is continued: they move no weight. The others would make it another run.
 FREE_TO_CHANGE = (
     "checkpoint_dir", "resume", "progress", "log_interval_steps", "save_interval_steps", "eval_interval_steps", "keep_checkpoints",
-    "async_checkpoints", "activation_checkpointing", "compile", "cuda_graphs", "ddp", "fsdp", "sample_interval_steps", "sample_prompt", "tensorboard",
+    "async_checkpoints", "activation_checkpointing", "compile", "cuda_graphs", "ddp", "fsdp", "sample_interval_steps",
+    "sample_prompt", "tensorboard",
 )  # fmt: skip
 # And these, which make it longer or shorter: the schedule follows them from there on.
 FREE_WITH_NOTICE = ("epochs", "max_steps")
@@ -84,8 +85,8 @@ def train(
 
 
 def check(config: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype, or None. Raises ValueError for options that cannot be served here, ModuleNotFoundError where tensorboard is
-    wanted and not installed, before anything is touched."""
+    """The autocast dtype, or None. Raises ValueError for options that cannot be served here, ModuleNotFoundError where tensorboard
+    is wanted and not installed, before anything is touched."""
     if config.lr is None:
         raise ValueError("lr is None; give train a rate (fit takes the model's default_rate)")
     check_launch(config)
@@ -93,7 +94,9 @@ def check(config: TrainConfig, device: torch.device) -> torch.dtype | None:
         run_folder.tensorboard_writer()
     dtype = resolve_amp(config.amp, device)
     if dtype == torch.float16 and config.optimizer == "muon":
-        raise ValueError("optimizer is 'muon' and amp is 'fp16', whose overflows could stop one half of a step alone; use amp='bf16'")
+        raise ValueError(
+            "optimizer is 'muon' and amp is 'fp16', whose overflows could stop one half of a step alone; use amp='bf16'"
+        )
     reason = graphs.refuses(config, device, processes(config)) if config.cuda_graphs else None
     if reason is not None:
         raise ValueError(f"cuda_graphs is True, and {reason}; leave cuda_graphs out")
@@ -261,7 +264,9 @@ class _Training:
 
     def _finish_row(self, row: Row) -> None:
         """Validate if that is due, then keep the row."""
-        self.bar.note(loss=f"{row['loss']:.3f}", **{"tokens/s": f"{row['tokens_per_second']:,.0f}", "MFU": f"{100 * row['mfu']:.0f}%"})
+        self.bar.note(
+            loss=f"{row['loss']:.3f}", **{"tokens/s": f"{row['tokens_per_second']:,.0f}", "MFU": f"{100 * row['mfu']:.0f}%"}
+        )
         if self.at.pending is not None:
             row["val_loss"] = self._validate()
             self.bar.note(val=f"{row['val_loss']:.3f}")
@@ -282,8 +287,8 @@ class _Training:
         self.loss_module.eval()
         try:
             return _mean_loss(
-                self.wrapped if self.group.is_sharded else self.loss_module, self.val_examples, self.plan.rows, self.dtype, self.device,
-                group=self.group, interrupts=self.interrupts,
+                self.wrapped if self.group.is_sharded else self.loss_module, self.val_examples, self.plan.rows, self.dtype,
+                self.device, group=self.group, interrupts=self.interrupts,
             )  # fmt: skip
         finally:
             self.loss_module.train()
