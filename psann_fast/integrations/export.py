@@ -235,7 +235,8 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 `trust_remote_code` runs `modeling_psann.py` and `configuration_psann.py` of this folder: read them first. They need transformers
 5.23 or newer, and use the fused kernels of psann-fast where it is installed. `psann-fast import` brings the folder back. The id
-between documents (`separator_token_id`, also BOS and EOS) stands alone, as in training: a text gives the same with and without it in front.
+between documents (`separator_token_id`, also BOS and EOS) stands alone, as in training: a text gives the same
+with and without it in front.
 
 ## Training
 
