@@ -8,7 +8,8 @@
 M minutes (30 unless told) are divided among the collected rows by their weights; a test's parametrisations share its weight.
 A row's share is dealt when it starts, out of what is left for it and the rows after it, so that a skipped row's time is not
 lost. Its clock starts before its fixtures, and it stops at the first case that ends after its share, so it overruns by one case
-at most. A campaign test without the fixture takes the time that it needs. `--cases=N` runs exactly N cases a row instead (a test's parametrisations share them too).
+at most. A campaign test without the fixture takes the time that it needs. `--cases=N` runs exactly N cases a row instead (a test's
+parametrisations share them too).
 
 Seeds are fresh in every run; they derive from a base seed that is printed, the test's id and the number of the case. A
 failure prints the line that runs that case alone. Without -m campaign these tests are not run.
@@ -42,9 +43,12 @@ class Row:
         self.outcome = "not run"
 
     def __call__(self, weight: float) -> "Row":
-        """`campaign(weight=2)` beside the marker: allowed where it says the same, because the rows before this one were dealt by it."""
+        """`campaign(weight=2)` beside the marker: allowed where it says the same,
+        because the rows before this one were dealt by it."""
         if weight != self.weight:
-            raise ValueError(f"campaign(weight={weight}): the marker says {self.weight}; write @pytest.mark.campaign(weight={weight})")
+            raise ValueError(
+                f"campaign(weight={weight}): the marker says {self.weight}; write @pytest.mark.campaign(weight={weight})"
+            )
         return self
 
     def __iter__(self) -> Iterator[int]:

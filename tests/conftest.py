@@ -1,4 +1,5 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter. The variable is read when a kernel is decorated, so it is set first.
+"""Without a GPU the Triton kernels run in Triton's interpreter. The variable is read when a kernel is decorated,
+so it is set first.
 
 One OpenMP thread unless told otherwise: the tests' tensors are tiny, and on a busy machine two threads wait for each other longer
 than they compute. Tests of threading ask for their own number.

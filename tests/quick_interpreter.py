@@ -16,7 +16,8 @@ from typing import Any, Callable
 
 
 def once_a_launch(interpreter: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """GridExecutor.__call__ and _patch_lang for the module `triton.runtime.interpreter`; within the first, the second works once."""
+    """GridExecutor.__call__ and _patch_lang for the module `triton.runtime.interpreter`;
+    within the first, the second works once."""
     launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
     language = interpreter.tl
     seen: list[set[bool]] = []  # of each launch under way: whether the patched functions see triton.language.core or the package

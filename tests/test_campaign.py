@@ -105,7 +105,11 @@ def test_setup_counts_towards_the_share_and_one_case_always_runs(suite, setup, c
 
 def test_cases_runs_exactly_so_many(suite):
     result = suite(TWO_ROWS, "-m", "campaign", "--cases=4")
-    assert {name: count for name, (count, _) in rows_of(result).items()} == {"test_heavy": 4, "test_light[0]": 2, "test_light[1]": 2}
+    assert {name: count for name, (count, _) in rows_of(result).items()} == {
+        "test_heavy": 4,
+        "test_light[0]": 2,
+        "test_light[1]": 2,
+    }
 
 
 FAILS_SOMETIMES = """
@@ -123,7 +127,9 @@ FAILS_SOMETIMES = """
 def test_a_failure_prints_a_line_that_reproduces_exactly_that_case(suite, pytester):
     result = suite(FAILS_SOMETIMES, "-m", "campaign")
     result.assert_outcomes(failed=1)
-    line = re.search(r"^reproduce: pytest -m campaign '(.+)' (--campaign-seed=\d+) (--campaign-case=\d+)$", result.stdout.str(), re.MULTILINE)
+    line = re.search(
+        r"^reproduce: pytest -m campaign '(.+)' (--campaign-seed=\d+) (--campaign-case=\d+)$", result.stdout.str(), re.MULTILINE
+    )
     last = re.findall(r"^drew (\d+)$", result.stdout.str(), re.MULTILINE)[-1]
     again = pytester.runpytest_inprocess("-m", "campaign", *line.groups())
     again.assert_outcomes(failed=1)
@@ -133,7 +139,10 @@ def test_a_failure_prints_a_line_that_reproduces_exactly_that_case(suite, pytest
 def test_seeds_are_fresh_unless_the_base_seed_is_given(suite, pytester):
     source = "import pytest\n@pytest.mark.campaign\ndef test_x(campaign):\n    print('drew', list(campaign))"
     runs = [suite(source, "-s", "-m", "campaign", "--cases=5")]
-    runs += [pytester.runpytest_inprocess("-s", "-m", "campaign", "--cases=5", *seed) for seed in ([], ["--campaign-seed=7"], ["--campaign-seed=7"])]
+    runs += [
+        pytester.runpytest_inprocess("-s", "-m", "campaign", "--cases=5", *seed)
+        for seed in ([], ["--campaign-seed=7"], ["--campaign-seed=7"])
+    ]
     first, second, seven, seven_again = (re.search(r"drew (\[.*\])", run.stdout.str()).group(1) for run in runs)
     assert first != second and seven == seven_again
     assert len(set(eval(seven))) == 5
@@ -144,7 +153,9 @@ def test_a_campaign_that_draws_no_seed_fails(suite):
 
 
 def test_a_weight_that_contradicts_the_marker_is_an_error(suite):
-    result = suite("import pytest\n@pytest.mark.campaign\ndef test_x(campaign):\n    for seed in campaign(weight=2): pass", "-m", "campaign")
+    result = suite(
+        "import pytest\n@pytest.mark.campaign\ndef test_x(campaign):\n    for seed in campaign(weight=2): pass", "-m", "campaign"
+    )
     result.assert_outcomes(failed=1)
     assert "write @pytest.mark.campaign(weight=2)" in result.stdout.str()
 
@@ -161,10 +172,13 @@ def test_skips_rise():
 
 
 def test_a_rise_of_skipped_tests_fails_the_run(pytester, monkeypatch):
-    pytester.makeconftest("import skips\npytest_plugins = ['skips']\nskips.LIST = __import__('pathlib').Path(__file__).parent / 'known.txt'")
+    pytester.makeconftest(
+        "import skips\npytest_plugins = ['skips']\nskips.LIST = __import__('pathlib').Path(__file__).parent / 'known.txt'"
+    )
     pytester.makefile(".txt", known="# reasons\n1 not today*\n")
     pytester.makepyfile(
-        test_one="import pytest\n@pytest.mark.skip(reason='not today, maybe')\ndef test_x(): pass\n@pytest.mark.xfail\ndef test_y(): assert 0",
+        test_one="import pytest\n@pytest.mark.skip(reason='not today, maybe')\ndef test_x(): pass\n@pytest.mark.xfail\n"
+        "def test_y(): assert 0",
         test_two="import pytest\npytest.importorskip('no_such_module')",
     )
     assert pytester.runpytest_inprocess("test_one.py").ret == pytest.ExitCode.OK

@@ -34,7 +34,6 @@ def misfit(config: ModelConfig, state: Mapping[str, Tensor]) -> str | None:
             if found != wanted:
                 return (
                     f"the tensor {name:.100} is {found}, and should be {wanted}: "
-                    "it is missing, unknown, or of another shape than the "
-                    "configuration says"
+                    "it is missing, unknown, or of another shape than the configuration says"
                 )
     return None

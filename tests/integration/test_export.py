@@ -298,7 +298,10 @@ def test_the_command_line_exports_and_imports(tmp_path, capsys):
     assert cli.main(["import", str(tmp_path / "hf"), "--out", str(tmp_path / "back")]) == 0
     assert "with its simple tokenizer" in capsys.readouterr().out
     for arguments, message in [
-        (["export", str(tmp_path / "ours"), "--to", "hf", "--out", str(tmp_path / "back")], "holds something else; pass a new folder"),
+        (
+            ["export", str(tmp_path / "ours"), "--to", "hf", "--out", str(tmp_path / "back")],
+            "holds something else; pass a new folder",
+        ),
         (["import", str(tmp_path / "hf"), "--out", str(tmp_path / "hf")], "which is what is imported"),
         (["import", str(tmp_path / "ours"), "--out", str(tmp_path / "x")], "psannLM.load"),
         (["export", str(tmp_path / "nothing"), "--to", "hf", "--out", str(tmp_path / "x")], "is not a folder"),

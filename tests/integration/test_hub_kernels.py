@@ -1,4 +1,5 @@
-"""The folder psann_kernels as a kernel of Hugging Face's `kernels`: loaded beside the installed copy, and adopted by foreign layers."""
+"""The folder psann_kernels as a kernel of Hugging Face's `kernels`: loaded beside the installed copy,
+and adopted by foreign layers."""
 
 from __future__ import annotations
 

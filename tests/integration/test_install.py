@@ -1,7 +1,7 @@
 """Installing: with a compiler, without one, and with one that fails; as a wheel, from an sdist, and editable.
 
-Every day setup.py's decisions are tried with compilers that fail at once. The matrix of real builds is a campaign: each case gets an
-empty environment that sees torch and nothing else of ours.
+Every day setup.py's decisions are tried with compilers that fail at once. The matrix of real builds is a campaign: each case gets
+an empty environment that sees torch and nothing else of ours.
 """
 
 import json
@@ -25,7 +25,9 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="the t
 def checkout(tmp_path):
     """A copy without anything that was built."""
     copy = tmp_path / "checkout"
-    ignore = shutil.ignore_patterns("__pycache__", "*.so", RECORD, "build", "*.egg-info", ".git", ".venv*", "tests", "bench", "runs")
+    ignore = shutil.ignore_patterns(
+        "__pycache__", "*.so", RECORD, "build", "*.egg-info", ".git", ".venv*", "tests", "bench", "runs"
+    )
     shutil.copytree(ROOT, copy, ignore=ignore)
     (copy / "README.md").touch()
     return copy
@@ -42,7 +44,9 @@ def python(*arguments, cwd, timeout=900, executable=sys.executable, **environmen
 def build(checkout, **environment):
     """Runs setup.py's build alone; the record, or None where it failed, and what was said."""
     out = checkout.parent / "out"
-    done = python("setup.py", "build_ext", "--build-lib", out, "--build-temp", checkout.parent / "temp", cwd=checkout, **environment)
+    done = python(
+        "setup.py", "build_ext", "--build-lib", out, "--build-temp", checkout.parent / "temp", cwd=checkout, **environment
+    )
     record = out / "psann_kernels" / RECORD
     return (json.loads(record.read_text()) if done.returncode == 0 else None), done.stdout + done.stderr
 

@@ -249,7 +249,11 @@ def test_a_float8_cache_is_a_coarser_one(backend):
     # Four binary digits, whatever the scale, until keys beyond 448 * 1e-4 are cut off.
     assert 1e-3 < errors[0] < 0.05 and 1e-3 < errors[1] < 0.05 and errors[2] > 0.1
     step = cache.extend(["a"], [1])
-    assert step.k_scale.shape == (1, 2) and step.v_scale.tolist() == [[1.0, 1.0]] and poisoned_cache().extend(["a"], [1]).k_scale is None
+    assert (
+        step.k_scale.shape == (1, 2)
+        and step.v_scale.tolist() == [[1.0, 1.0]]
+        and poisoned_cache().extend(["a"], [1]).k_scale is None
+    )
 
 
 @pytest.mark.parametrize(

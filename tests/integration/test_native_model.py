@@ -1,4 +1,5 @@
-"""A model on the native backend is the model on plain torch: the same losses, the same text, and a table that says what ran where."""
+"""A model on the native backend is the model on plain torch: the same losses, the same text,
+and a table that says what ran where."""
 
 from __future__ import annotations
 
@@ -19,10 +20,14 @@ SENTENCES = [
 def fitted(base: str, backend: str) -> psannLM:
     """20 steps from the same start; one loss a step in history_."""
     torch.manual_seed(0)
-    lm = psannLM(base=base, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_mlp=48, vocab_size=258, device="cpu", backend=backend)
+    lm = psannLM(
+        base=base, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_mlp=48, vocab_size=258, device="cpu", backend=backend
+    )
     lm.module
     data = psannLMDataPrep(SENTENCES, tokenizer="simple", max_length=32)
-    return lm.fit(data, batch_tokens=128, max_steps=20, epochs=99, lr=3e-3, warmup_steps=0, log_interval_steps=1, progress=False, amp="fp32")
+    return lm.fit(
+        data, batch_tokens=128, max_steps=20, epochs=99, lr=3e-3, warmup_steps=0, log_interval_steps=1, progress=False, amp="fp32"
+    )
 
 
 @pytest.mark.parametrize("base", ["respsann", "waveresnet"])

@@ -290,7 +290,9 @@ def test_a_llama_of_transformers():
 def test_models_whose_attention_is_another(family, options, reason):
     """Replacing it would raise at the first batch."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    sizes = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    sizes = dict(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+    )
     kind = getattr(transformers, family)
     row = patch(kind(kind.config_class(**sizes | options)), dry_run=True).rows[-1]
     assert row.new is None and row.old.startswith("attention") and reason in row.reason
@@ -302,7 +304,9 @@ FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Olmo", "Olmo2", "Smol
 def tiny_model(family: str) -> nn.Module:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
-    sizes = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    sizes = dict(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+    )
     config = getattr(transformers, f"{family}Config")(**sizes, head_dim=8, pad_token_id=0)
     return getattr(transformers, f"{family}ForCausalLM")(config).double()
 
@@ -340,7 +344,11 @@ def test_losses_that_are_others():
     custom.loss_function = lambda **inputs: inputs["logits"].sum()
     quantized.lm_head = nn.Sequential(quantized.lm_head)
     capped.__class__ = type("CappedForCausalLM", (type(capped),), {})
-    for model, reason in ((capped, "not known to be"), (custom, "loss_function is another"), (quantized, "lm_head is a Sequential")):
+    for model, reason in (
+        (capped, "not known to be"),
+        (custom, "loss_function is another"),
+        (quantized, "lm_head is a Sequential"),
+    ):
         row = next(row for row in patch(model, dry_run=True).rows if row.old.endswith("ForCausalLM"))
         assert row.new is None and reason in row.reason
     model = tiny_model("Llama")

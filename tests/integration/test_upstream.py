@@ -29,7 +29,8 @@ def theirs(kind: str = "residual", positions: str = "rope", vocab_size: int = 40
     preset = LMArchitectureConfig.wave if kind == "wave" else LMArchitectureConfig._residual
     torch.manual_seed(0)
     config = LMConfig(
-        architecture=preset(**architecture), d_model=16, n_layers=2, n_heads=2, d_mlp=24, vocab_size=vocab_size, positional_encoding=positions
+        architecture=preset(**architecture), d_model=16, n_layers=2, n_heads=2, d_mlp=24, vocab_size=vocab_size,
+        positional_encoding=positions
     )  # fmt: skip
     module = build_lm_model(config).model.eval()
     with torch.no_grad():
@@ -144,9 +145,12 @@ def older_file(path: Path, module: torch.nn.Module, **config) -> Path:
     """What psannlm 0.12 wrote: its wheels are empty, so this fixture stands for them (names as in its documentation)."""
     cfg = module.cfg
     described = dict(
-        base="waveresnet", d_model=cfg.d_model, n_layers=cfg.n_layers, n_heads=cfg.n_heads, d_mlp=cfg.d_mlp, vocab_size=cfg.vocab_size,
-        rope=cfg.positional_encoding == "rope", positional_encoding=cfg.positional_encoding, overrides={},
-        sine=dict(amp_init=1.0, amp_init_std=0.0, freq_init=1.0, freq_init_std=0.0, damp_init=0.01, damp_init_std=0.0, trainable=True),
+        base="waveresnet", d_model=cfg.d_model, n_layers=cfg.n_layers, n_heads=cfg.n_heads, d_mlp=cfg.d_mlp,
+        vocab_size=cfg.vocab_size, rope=cfg.positional_encoding == "rope", positional_encoding=cfg.positional_encoding,
+        overrides={},
+        sine=dict(
+            amp_init=1.0, amp_init_std=0.0, freq_init=1.0, freq_init_std=0.0, damp_init=0.01, damp_init_std=0.0, trainable=True
+        ),
     )  # fmt: skip
     torch.save({"config": described | config, "state_dict": module.state_dict()}, path)
     return path
@@ -259,7 +263,7 @@ def test_the_command_line_leaves_the_wave_branch_behind_by_name_alone(tmp_path, 
     assert_same_logits(psannLM.load(tmp_path / "ours", device="cpu"), module)
 
 
-# -- hostile files ------------------------------------------------------------------------------------------------------------------
+# -- hostile files -----------------------------------------------------------------------------------------------------------------
 
 
 class Call:
@@ -441,9 +445,10 @@ def test_options_that_contradict_the_weights_are_refused(tmp_path):
 
 
 def test_values_of_every_kind_come_back(tmp_path):
+    dtypes = torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool
     content = {
-        "numbers": [1, -1, 300, 70000, 1 << 40, 2.5, True, False, None], "bytes": b"\x00\xff", "tuple": (1, (2, 3, 4, 5)), 7: {"x": []},
-        "tensors": {d: torch.arange(6).reshape(2, 3).to(d).t() for d in (torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool)},
+        "numbers": [1, -1, 300, 70000, 1 << 40, 2.5, True, False, None], "bytes": b"\x00\xff", "tuple": (1, (2, 3, 4, 5)),
+        7: {"x": []}, "tensors": {d: torch.arange(6).reshape(2, 3).to(d).t() for d in dtypes},
     }  # fmt: skip
     content["tensors"] = {str(d): t for d, t in content["tensors"].items()} | {
         "parameter": torch.nn.Parameter(torch.ones(2)),

@@ -4,8 +4,8 @@
         damped_sine(z, amplitude, frequency, damping, backend="native")     # on CPU tensors: the CUDA kernels
 
 Everything between the public function and the kernel's last line is what a GPU gets: the *_native.py, the bindings, launchers and
-kernels. Only the sources' three constructs that are no C++ are rewritten (`translate`), line by line. Results are kept in a cache by
-content, a file at a time.
+kernels. Only the sources' three constructs that are no C++ are rewritten (`translate`), line by line. Results are kept in a cache
+by content, a file at a time.
 """
 
 from __future__ import annotations
@@ -32,9 +32,15 @@ from torch import Tensor
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 COMPILER = shutil.which("g++")
-FLAGS = "-std=c++17 -O1 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -U_FORTIFY_SOURCE -Wall -Wno-unknown-pragmas -Werror".split()
+FLAGS = (
+    "-std=c++17 -O1 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -U_FORTIFY_SOURCE "
+    "-Wall -Wno-unknown-pragmas -Werror"
+).split()
 # What __ubsan_handle_... in cuda_emulator.cpp answers.
-SANITIZE = "-fsanitize=alignment,null,bounds,signed-integer-overflow,integer-divide-by-zero,shift,pointer-overflow,bool,enum -fno-sanitize-recover=all".split()
+SANITIZE = (
+    "-fsanitize=alignment,null,bounds,signed-integer-overflow,integer-divide-by-zero,shift,pointer-overflow,bool,enum "
+    "-fno-sanitize-recover=all"
+).split()
 HEADERS = ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h")
 CALLERS = ("damped_sine", "rms_norm", "wave_conv", "paged_append", "paged_attention")
 ORDERS = ("ascending", "descending", "random")
@@ -60,13 +66,16 @@ def _closing(text: str, start: int) -> int:
 
 def translate(source: str, name: str) -> str:
     """CUDA C++ as g++ takes it: launches, shared memory and launch bounds written as calls of cuda_emulator.h."""
-    # kernel<T, N><<<grid, block, shared, stream>>>(a, b)   ->   emulator::Launch("name kernel", grid, block, shared, stream)(kernel<T, N>, a, b)
+    # kernel<T, N><<<grid, block, shared, stream>>>(a, b)
+    # ->   emulator::Launch("name kernel", grid, block, shared, stream)(kernel<T, N>, a, b)
     source, launches = re.subn(
         r"(\w+)(<[^<>;]*>)?<<<(.+?)>>>\(", lambda m: f'emulator::Launch("{name} {m[1]}", {m[3]})({m[1]}{m[2] or ""}, ', source
     )
     if "<<<" in source or launches == 0:
         raise ValueError(f"{name}: a launch is written in a way that translate does not know")
-    source = re.sub(r"extern __shared__ (\w+) (\w+)\[\];", r"\1* \2 = static_cast<\1*>(emulator::dynamic_shared(alignof(\1)));", source)
+    source = re.sub(
+        r"extern __shared__ (\w+) (\w+)\[\];", r"\1* \2 = static_cast<\1*>(emulator::dynamic_shared(alignof(\1)));", source
+    )
     source = re.sub(
         r"__shared__ (\w+) (\w+)((?:\[[^\]]+\])+);",
         r"auto& \2 = *static_cast<\1(*)\3>(emulator::static_shared(__COUNTER__, sizeof(\1\3), alignof(\1)));",
@@ -130,17 +139,24 @@ def build(faults: Sequence[Fault] = (), *flags: str) -> Path:
     version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
 
     def compiled(name: str, text: str, *own: str) -> Path:
-        command = [COMPILER, *FLAGS, *own, f"-I{shadows}", f"-I{HERE}", f"-I{CSRC / 'cuda'}", f"-I{CSRC}", "-x", "c++", "-c", "-", "-o"]
-        return _once(cache / f"{name}.o", version, " ".join((*FLAGS, *own)), text, *headers, make=lambda path: _run([*command, str(path)], text))
+        folders = (f"-I{folder}" for folder in (shadows, HERE, CSRC / "cuda", CSRC))
+        command = [COMPILER, *FLAGS, *own, *folders, *"-x c++ -c - -o".split()]
+        parts = version, " ".join((*FLAGS, *own)), text, *headers
+        return _once(cache / f"{name}.o", *parts, make=lambda path: _run([*command, str(path)], text))
 
     kernels = [compiled(name, translate(text, name), *SANITIZE, *flags) for name, text in sources.items()]
     emulator = compiled("emulator", (HERE / "cuda_emulator.cpp").read_text(), *flags)
     # torch brings pybind11's headers.
-    python = ["-O0", f"-I{Path(torch.__file__).parent / 'include'}", f"-I{sysconfig.get_paths()['include']}", '-DPSANN_SOURCE_HASH="emulated"']
-    bindings = compiled("bindings", (CSRC / "cuda" / "bindings.cpp").read_text().replace('"../arguments.h"', '"arguments.h"'), *python)
+    folders = Path(torch.__file__).parent / "include", sysconfig.get_paths()["include"]
+    python = ["-O0", *(f"-I{folder}" for folder in folders), '-DPSANN_SOURCE_HASH="emulated"']
+    bindings = compiled(
+        "bindings", (CSRC / "cuda" / "bindings.cpp").read_text().replace('"../arguments.h"', '"arguments.h"'), *python
+    )
     objects = [*kernels, emulator, bindings]
     return _once(
-        cache / "_native_cuda.so", *(path.name for path in objects), make=lambda path: _run([COMPILER, "-shared", *map(str, objects), "-o", str(path)])
+        cache / "_native_cuda.so",
+        *(path.name for path in objects),
+        make=lambda path: _run([COMPILER, "-shared", *map(str, objects), "-o", str(path)]),
     )
 
 

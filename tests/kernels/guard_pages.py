@@ -130,7 +130,9 @@ def damped_sine(random: Random, guard: Guard, backend: str) -> None:
     parameters = [tensor(random, guard, features) for _ in range(3)]
     if mode == "none":  # damping takes no part
         damping = parameters.pop()
-        differentiate(random, guard, lambda z, a, f: psann_kernels.damped_sine(z, a, f, damping, mode=mode, backend=backend), z, *parameters)
+        differentiate(
+            random, guard, lambda z, a, f: psann_kernels.damped_sine(z, a, f, damping, mode=mode, backend=backend), z, *parameters
+        )
     else:
         differentiate(random, guard, lambda *t: psann_kernels.damped_sine(*t, mode=mode, backend=backend), z, *parameters)
 
@@ -233,7 +235,8 @@ def paged_attention(random: Random, guard: Guard, backend: str) -> None:
     with guard.allocations(), constants(random, backend, "paged_attention_triton", MIN_SPLIT=16, MAX_SPLITS=4):
         psann_kernels.paged_append(
             k, v, k_cache, v_cache, guard.place(torch.tensor(slots, dtype=torch.int64)), interleaved=options["interleaved"],
-            positions=guard.place(torch.tensor(positions, dtype=torch.int64)) if rotary else None, **rotary, **scales, backend=backend,
+            positions=guard.place(torch.tensor(positions, dtype=torch.int64)) if rotary else None, **rotary, **scales,
+            backend=backend,
         )  # fmt: skip
         psann_kernels.paged_attention(
             tensor(random, guard, sum(new), num_heads, head_dim, dtype=dtype), k_cache, v_cache, guard.place(table),
@@ -282,7 +285,9 @@ def linear_cross_entropy(random: Random, guard: Guard, backend: str) -> None:
         "reduction": random.choice(("sum", "none")), "chunk": random.choice((None, 1, 5)), "backend": backend,
     }  # fmt: skip
     targets = guard.place(targets)
-    differentiate(random, guard, lambda x, w, b: psann_kernels.linear_cross_entropy(x, w, targets, bias=b, **options), x, weight, bias)
+    differentiate(
+        random, guard, lambda x, w, b: psann_kernels.linear_cross_entropy(x, w, targets, bias=b, **options), x, weight, bias
+    )
 
 
 def damped_sine_mlp(random: Random, guard: Guard, backend: str) -> None:
@@ -297,7 +302,8 @@ def damped_sine_mlp(random: Random, guard: Guard, backend: str) -> None:
 
 
 CASES: dict[str, Case] = {
-    case.__name__: case for case in (damped_sine, rms_norm, wave_conv, rope_attention, paged_attention, linear_cross_entropy, damped_sine_mlp)
+    case.__name__: case
+    for case in (damped_sine, rms_norm, wave_conv, rope_attention, paged_attention, linear_cross_entropy, damped_sine_mlp)
 }
 FAULTS: dict[str, Case] = {case.__name__: case for case in (reads_too_far, multiplies_in_32_bits)}
 

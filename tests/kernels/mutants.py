@@ -49,12 +49,16 @@ _SCALE = "scales of masked heads are not used"
 EQUIVALENT: dict[str, str] = {
     "float8_triton.py from_float8 constant: 0x7E00 -> 32257": "another NaN",
     "float8_triton.py to_float8 constant: 448.0 -> 449.0": "449 is rounded to 448 too",
-    "float8_triton.py to_float8 comparison: size < 0.015625 -> (size <= 0.015625)": "both ways give the least normal number its bits",
+    "float8_triton.py to_float8 comparison: size < 0.015625 -> (size <= 0.015625)": (
+        "both ways give the least normal number its bits"
+    ),
     "float8_triton.py to_float8 cast: (code | ((y.to(tl.uint32, bitcast=True) >> 31) << 7)).to(tl.uint8)"
     " -> (code | y.to(tl.uint32, bitcast=True) >> 31 << 7)": "the store casts",
     "paged_attention_triton.py _append_kernel constant: 1.0 -> 2.0": _SCALE,
     "paged_attention_triton.py _append_kernel constant: 1.0 -> 2.0 (2)": _SCALE,
-    "paged_attention_triton.py _load_cached constant: 0 -> 1": "masked keys have probability 0, masked columns meet a 0 or are not stored",
+    "paged_attention_triton.py _load_cached constant: 0 -> 1": (
+        "masked keys have probability 0, masked columns meet a 0 or are not stored"
+    ),
     "paged_attention_triton.py _attend constant: 0 -> 1": "keys and values of masked table entries are masked themselves",
     "paged_attention_triton.py _append_kernel constant: 0.0 -> 1.0 (2)": "values of masked lanes are not stored",
     "paged_attention_triton.py _attend constant: 0.0 -> 1.0": _ROW,

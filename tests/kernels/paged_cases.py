@@ -48,7 +48,8 @@ def make_case(
 
     junk        fills every slot without a token; what is too large for dtype becomes infinite
     numbering   seed of the permutation that deals out the blocks
-    options     of "pairs" or "halves", "window", "alibi", "scale", "float8" (the caches, and what their bits say as keys and values)
+    options     of "pairs" or "halves", "window", "alibi", "scale", "float8" (the caches,
+                and what their bits say as keys and values)
     """
     g = torch.Generator().manual_seed(seed)
     random = lambda *shape: torch.randn(*shape, generator=g).to(dtype)  # noqa: E731 (five uses)
@@ -62,7 +63,9 @@ def make_case(
         cache_dtype = torch.float8_e4m3fn
         scales = [torch.rand(num_kv_heads, generator=g) / 50 + 0.005 for _ in range(2)]
         chosen |= dict(zip(("k_scale", "v_scale"), scales))
-        cached = tuple([(x.float() / s[:, None]).clamp(-448, 448).to(cache_dtype) for x in tensors] for tensors, s in zip(cached, scales))
+        cached = tuple(
+            [(x.float() / s[:, None]).clamp(-448, 448).to(cache_dtype) for x in tensors] for tensors, s in zip(cached, scales)
+        )
         keys, values = ([x.double() * s.double()[:, None] for x in tensors] for tensors, s in zip(cached, scales))
 
     needed = [-(-length // block_size) for length in lengths]

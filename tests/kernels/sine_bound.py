@@ -66,19 +66,25 @@ class Judgement:
         beyond = ~self.is_known & (y.double().abs() > self.envelope * (1 + 8 * UNIT) + half_ulp(self.envelope, y.dtype))
         assert not beyond.any(), f"{what}: |y| exceeds the envelope at {beyond.nonzero()[0].tolist()}"
         columns = self.is_known.flatten(0, -2).all(0) if self.y.dim() > 1 else self.is_known
-        for name, got, truth, allowed in zip(("damplitude", "dfrequency", "ddamping"), parameters, self.parameters, self.parameters_allowed):
+        for name, got, truth, allowed in zip(
+            ("damplitude", "dfrequency", "ddamping"), parameters, self.parameters, self.parameters_allowed
+        ):
             self._compare(f"{what} {name}", got, truth, allowed, columns)
 
     @staticmethod
     def _compare(what: str, got: Tensor, truth: Tensor, allowed: Tensor, where: Tensor) -> None:
         assert got.shape == truth.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
         rounded = truth.to(got.dtype)
-        assert torch.equal(got.isnan(), rounded.isnan()) and torch.equal(got.isinf(), rounded.isinf()), f"{what}: NaN or Inf pattern"
+        assert torch.equal(got.isnan(), rounded.isnan()) and torch.equal(got.isinf(), rounded.isinf()), (
+            f"{what}: NaN or Inf pattern"
+        )
         wrong = where & rounded.isfinite() & ~((got.double() - truth).abs() <= allowed)
         if wrong.any():
             place = tuple(wrong.nonzero()[0].tolist())
             error = (got[place].double() - truth[place]).abs().item()
-            raise AssertionError(f"{what} at {place}: {got[place].item()}, expected {truth[place].item()}; {error:.3e} > {allowed[place].item():.3e}")
+            raise AssertionError(
+                f"{what} at {place}: {got[place].item()}, expected {truth[place].item()}; {error:.3e} > {allowed[place].item():.3e}"
+            )
 
 
 def judge(z: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, dy: Tensor, mode: str) -> Judgement:
@@ -107,11 +113,13 @@ def judge(z: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, dy: 
         dz=dz,
         parameters=tuple(map(sum_rows, terms)),
         y_allowed=2 * loss * a.abs() + half_ulp(y, z.dtype) + TINY * (1 + a.abs()),
-        y_allowed_in_turns=(1e-6 + 2 * UNIT * (d * x).abs()) * envelope + (z.dtype != torch.float32) * half_ulp(y, z.dtype)
+        y_allowed_in_turns=(1e-6 + 2 * UNIT * (d * x).abs()) * envelope
+        + (z.dtype != torch.float32) * half_ulp(y, z.dtype)
         + TINY * (1 + a.abs()),
         dz_allowed=6 * loss * a.abs() * steep * g.abs() + half_ulp(dz, z.dtype) + tiny * (1 + steep),
         parameters_allowed=tuple(
-            sum_rows(6 * loss * size * g.abs() + depth * UNIT * term.abs() + tiny * (1 + x.abs())) for size, term in zip(sizes, terms)
+            sum_rows(6 * loss * size * g.abs() + depth * UNIT * term.abs() + tiny * (1 + x.abs()))
+            for size, term in zip(sizes, terms)
         ),
         envelope=envelope,
         is_known=(f * x).abs() <= PHASE_LIMIT,
@@ -157,7 +165,9 @@ def draw_case(random: Random) -> Case:
     z = (signs * spread(-3, largest, *shape) / frequency).clamp(-6e4, 6e4)
     amplitude = torch.randn(features, generator=generator) * 2
     # Damped by e^-3 at most at the largest |z| in half of the cases, so that something is left to be wrong.
-    damping = spread(-4, 0, features) if random.random() < 0.5 else 3 * torch.rand(features, generator=generator) / (1 + 10**largest)
+    damping = (
+        spread(-4, 0, features) if random.random() < 0.5 else 3 * torch.rand(features, generator=generator) / (1 + 10**largest)
+    )
     # Scaled so that float16 holds dz.
     dy = torch.randn(*shape, generator=generator) / (1 + frequency + damping)
     return Case(_strided(random, z.to(dtype)), (amplitude, frequency, damping), _strided(random, dy.to(dtype)), mode)

@@ -64,7 +64,8 @@ def check_rms_norm(dtypes=DTYPES):
         for has_residual in (False, True):
             test_rms_norm.test_three_witnesses("native", "as shipped", dtype, has_residual, None)
     for check in (
-        test_rms_norm.test_memory_layout_does_not_matter, test_rms_norm.test_special_values_stay_in_their_row, test_rms_norm.test_a_batch_equals_its_rows,
+        test_rms_norm.test_memory_layout_does_not_matter, test_rms_norm.test_special_values_stay_in_their_row,
+        test_rms_norm.test_a_batch_equals_its_rows,
     ):  # fmt: skip
         check("native", "as shipped", None)
     test_rms_norm.test_one_of_two_outputs_may_go_unused("native")
@@ -121,7 +122,8 @@ def check_paged_attention(witnessed=test_paged_attention.WITNESSED):
         test_paged_attention.test_head_dimensions_and_groups("native", head_dim, group, num_kv_heads)
     for check in (
         test_paged_attention.test_what_no_token_owns_is_never_read, test_paged_attention.test_renumbering_blocks_changes_nothing,
-        test_paged_attention.test_company_changes_nothing, test_paged_attention.test_nothing_to_do, test_paged_attention.test_memory_layout_does_not_matter,
+        test_paged_attention.test_company_changes_nothing, test_paged_attention.test_nothing_to_do,
+        test_paged_attention.test_memory_layout_does_not_matter,
     ):  # fmt: skip
         check("native")
     test_paged_attention.test_appending_and_attending_in_steps_is_attention_of_the_whole("native", torch.float32, ("halves",))
@@ -129,11 +131,21 @@ def check_paged_attention(witnessed=test_paged_attention.WITNESSED):
 
 def check_splits():
     """Lengths at the boundaries of splits of 256 keys, windows that leave splits empty, and a sequence of more than 64 splits."""
-    for options, new, window in (((), [1] * 7, 0), (("pairs", "window"), [1, 3, 16, 2, 0, 1, 1], 300), (("window", "alibi"), [16] * 5 + [1, 1], 7)):
+    for options, new, window in (
+        ((), [1] * 7, 0),
+        (("pairs", "window"), [1, 3, 16, 2, 0, 1, 1], 300),
+        (("window", "alibi"), [16] * 5 + [1, 1], 7),
+    ):
         budget = Budget(f"o {options}", FORWARD)
-        case = make_case([255, 256, 257, 512, 513, 1, 0], new, block_size=16, group=2, num_kv_heads=1, head_dim=8, options=options, window=window)
+        case = make_case(
+            [255, 256, 257, 512, 513, 1, 0], new, block_size=16, group=2, num_kv_heads=1, head_dim=8, options=options, window=window
+        )
         with poisoned_allocations():
-            budget.add(paged_attention(*case.arguments, **case.options, backend="native"), dense(case, torch.float32), dense(case, torch.float64))
+            budget.add(
+                paged_attention(*case.arguments, **case.options, backend="native"),
+                dense(case, torch.float32),
+                dense(case, torch.float64),
+            )
         budget.check()
     for length in (64 * 256, 64 * 256 + 1, 64 * 300 - 7):
         case = make_case([length, 3], [2, 1], block_size=64, group=1, num_kv_heads=1, head_dim=4)
@@ -173,7 +185,9 @@ def check_misaligned():
         flat = torch.randn(4 * 64 + 1).to(dtype)
         one = torch.ones(64)
         for z in (flat[1:].view(4, 64), flat[:-1].view(4, 64), torch.cat((flat, flat))[: 4 * 65].view(4, 65)[:, :64]):
-            assert torch.equal(damped_sine(z, one, one, one, backend="native"), damped_sine(z.clone(), one, one, one, backend="native"))
+            assert torch.equal(
+                damped_sine(z, one, one, one, backend="native"), damped_sine(z.clone(), one, one, one, backend="native")
+            )
 
 
 GUARDED = ("damped_sine", "rms_norm", "wave_conv", "paged_attention")
@@ -214,8 +228,12 @@ def results():
     """Every kernel, over several blocks, warps and rows."""
     z, a, f, d = draw(300, 140), draw(140) + 1, draw(140).abs(), draw(140).abs() / 4
     yield from gradients(lambda *t: damped_sine(*t, backend="native"), z, a, f, d)
-    yield from gradients(lambda x, w, r: rms_norm(x, w, residual=r, backend="native"), z.bfloat16(), draw(140), draw(300, 140, seed=3).bfloat16())
-    yield from gradients(lambda x, w, a, f, d: wave_conv(x, w, a, f, d, dilation=3, backend="native"), z[None], draw(140, 4), a, f, d)
+    yield from gradients(
+        lambda x, w, r: rms_norm(x, w, residual=r, backend="native"), z.bfloat16(), draw(140), draw(300, 140, seed=3).bfloat16()
+    )
+    yield from gradients(
+        lambda x, w, a, f, d: wave_conv(x, w, a, f, d, dilation=3, backend="native"), z[None], draw(140, 4), a, f, d
+    )
     for options in (("pairs",), ("window", "alibi")):
         case = make_case([600, 21, 0], [3, 16, 1], block_size=8, options=options)
         yield paged_attention(*case.arguments, **case.options, backend="native")
@@ -227,7 +245,11 @@ def test_the_order_of_threads_changes_no_bit(gpu):
         gpu.order(order, seed)
         for got, e in zip(results(), expected, strict=True):
             assert torch.equal(got, e), order
-    written = {f"{path.stem} {name}" for path in (CSRC / "cuda").glob("*.cu") for name in re.findall(r"__global__[^;{]*?\) (\w+)\(", path.read_text())}
+    written = {
+        f"{path.stem} {name}"
+        for path in (CSRC / "cuda").glob("*.cu")
+        for name in re.findall(r"__global__[^;{]*?\) (\w+)\(", path.read_text())
+    }
     launched = gpu.launched() | {"paged_append append"}  # of check_append
     assert written == launched - {"cuda_probe probe"}, "a kernel that no test here runs"
 
@@ -278,9 +300,13 @@ def test_halves_are_rounded_as_torch_rounds_them(gpu):
     assert torch.equal(wide.signbit(), halves.signbit())
     g = torch.Generator().manual_seed(0)
     drawn = torch.randint(-(2**31), 2**31, (200_000,), generator=g).int().view(torch.float32)
-    edges = torch.tensor([65519.0, 65520.0, -65536.0, 2.0**-25, -(2.0**-24), 1.5 * 2.0**-24, 0.0, -0.0, float("inf"), -float("inf"), float("nan")])
+    edges = torch.tensor(
+        [65519.0, 65520.0, -65536.0, 2.0**-25, -(2.0**-24), 1.5 * 2.0**-24, 0.0, -0.0, float("inf"), -float("inf"), float("nan")]
+    )
     # Ties of both types, of normal and denormal halves.
-    x = torch.cat((drawn, drawn.clamp(-1e5, 1e5), wide * (1 + 2.0**-11), wide + 2.0**-25, wide.bfloat16().float() * (1 + 2.0**-8), edges))
+    x = torch.cat(
+        (drawn, drawn.clamp(-1e5, 1e5), wide * (1 + 2.0**-11), wide + 2.0**-25, wide.bfloat16().float() * (1 + 2.0**-8), edges)
+    )
     for what, dtype in ((0, torch.bfloat16), (1, torch.float16)):
         got, expected = gpu.convert(what, x.view(torch.int32)).to(torch.int16), x.to(dtype)
         same = (got == expected.view(torch.int16)) | (got.view(dtype).isnan() & expected.isnan())
@@ -295,7 +321,8 @@ def test_warp_operations(gpu):
         up, down = (t - 3 if lane % 16 >= 3 else t), (t + 3 if lane % 16 < 13 else t)
         # A partner in a later group of lanes is out of reach; one in an earlier group is not.
         xor = t ^ 9 if (lane ^ 9) <= (lane | 7) else t
-        return [t - t % 8 + 5, up, down, xor, ballot - (1 << 32 if ballot >> 31 else 0), warp, 1 - warp, t ^ 2 if lane % 2 else -1, (t ^ 1) ** 2]
+        signed = ballot - (1 << 32 if ballot >> 31 else 0)
+        return [t - t % 8 + 5, up, down, xor, signed, warp, 1 - warp, t ^ 2 if lane % 2 else -1, (t ^ 1) ** 2]
 
     for order in ORDERS:
         gpu.order(order, 5)

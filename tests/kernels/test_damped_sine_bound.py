@@ -28,7 +28,9 @@ def check(backend, case):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_drawn_cases_stay_within_the_bound(backend):
-    @settings(max_examples=12 if backend == "triton" else 60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=12 if backend == "triton" else 60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
     @given(strategies.randoms(use_true_random=False))
     def run(source):
         check(backend, draw_case(source))
@@ -52,7 +54,9 @@ def fma(a, b, c):
     rest = (product - (total - back)) + (c - back)
     is_even = (total.view(np.int64) & 1) == 0
     with np.errstate(invalid="ignore"):
-        total = np.where((rest != 0) & is_even & np.isfinite(total), np.nextafter(total, np.where(rest > 0, np.inf, -np.inf)), total)
+        total = np.where(
+            (rest != 0) & is_even & np.isfinite(total), np.nextafter(total, np.where(rest > 0, np.inf, -np.inf)), total
+        )
     return total.astype(F)
 
 

@@ -39,7 +39,9 @@ class Guarded:
         if answer != f"done {op} {seed} {distance}\n":
             status, self.process = self.process.wait(), None
             self.errors.seek(0)
-            assert status != -signal.SIGSEGV, f"{op} on {self.backend}, seed {seed} {distance}: touched memory past its tensors (SIGSEGV)"
+            assert status != -signal.SIGSEGV, (
+                f"{op} on {self.backend}, seed {seed} {distance}: touched memory past its tensors (SIGSEGV)"
+            )
             raise AssertionError(f"{op} on {self.backend}, seed {seed} {distance}: status {status}: {self.errors.read()[-3000:]}")
 
     def launched(self):

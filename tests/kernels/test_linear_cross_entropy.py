@@ -1,4 +1,5 @@
-"""linear_cross_entropy: every backend against float64, the loss and every gradient, for each option and for chunks of every size."""
+"""linear_cross_entropy: every backend against float64, the loss and every gradient,
+for each option and for chunks of every size."""
 
 import importlib
 import random
@@ -11,8 +12,8 @@ from psann_kernels.linear_cross_entropy import OP, definition
 from torch.nn import functional as F
 from witness import FORWARD, GRADIENT, Budget, judge, poisoned_allocations, strided_copies
 
-# (tokens, features, classes): less than a block of the kernel and more than one, none of them a multiple; no, one, and several chunks.
-# The interpreter takes 25 ms a token, so the kernel sees few of them except where each token's own loss is judged.
+# (tokens, features, classes): less than a block of the kernel and more than one, none of them a multiple; no, one, and several
+# chunks. The interpreter takes 25 ms a token, so the kernel sees few of them except where each token's own loss is judged.
 SHAPES = [(0, 5, 7), (1, 3, 1), (18, 24, 33), (9, 16, 2051)]
 ONE_BY_ONE = [(1, 3, 1), (120, 6, 33), (9, 4, 2051)]
 BACKENDS = ("torch", "triton")  # nothing native yet
@@ -112,7 +113,9 @@ def test_it_is_torchs_cross_entropy(backend):
     for reduction in ("sum", "mean", "none"):
         for smoothing in (0.0, 0.1):
             expected = F.cross_entropy(F.linear(x, weight, bias), targets, reduction=reduction, label_smoothing=smoothing)
-            got = linear_cross_entropy(x, weight, targets, bias=bias, reduction=reduction, label_smoothing=smoothing, backend=backend)
+            got = linear_cross_entropy(
+                x, weight, targets, bias=bias, reduction=reduction, label_smoothing=smoothing, backend=backend
+            )
             torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
 
 
@@ -186,7 +189,9 @@ def test_gradients_of_the_definition_and_of_the_chunks():
         options = {key: value for key, value in options.items() if key != "bias"}
         for reduction in ("sum", "mean", "none"):
             for function, chunk in ((defined(), {}), (ours("torch"), {"chunk": 2})):
-                assert torch.autograd.gradcheck(lambda *a: function(*a, targets, **options, **chunk, reduction=reduction), leaves), name
+                assert torch.autograd.gradcheck(
+                    lambda *a: function(*a, targets, **options, **chunk, reduction=reduction), leaves
+                ), name
 
 
 def test_a_second_derivative_is_refused():
@@ -217,7 +222,9 @@ def test_compiles_without_graph_break(backend):
     *tensors, targets = inputs((6, 8, 9), torch.float32)
     for reduction in ("sum", "mean", "none"):
         function = torch.compile(ours(backend), fullgraph=True, backend="aot_eager")
-        for c, e in zip(run(function, *tensors, targets, reduction=reduction), run(ours(backend), *tensors, targets, reduction=reduction)):
+        for c, e in zip(
+            run(function, *tensors, targets, reduction=reduction), run(ours(backend), *tensors, targets, reduction=reduction)
+        ):
             assert torch.equal(c, e)
 
 
@@ -267,7 +274,8 @@ def test_infinite_logits(backend):
     torch.testing.assert_close(loss, expected)
     assert dbias[1] == 0 and dx.isfinite().all()
     x[1] = float("nan")
-    assert linear_cross_entropy(x, weight, torch.tensor([0, 2, 0]), reduction="none", backend=backend).isnan().tolist() == [False, True, False]
+    losses = linear_cross_entropy(x, weight, torch.tensor([0, 2, 0]), reduction="none", backend=backend)
+    assert losses.isnan().tolist() == [False, True, False]
 
 
 def test_module():
@@ -276,7 +284,9 @@ def test_module():
     x, targets = torch.randn(4, 5, 6), torch.randint(11, (4, 5))
     module(x, targets).backward()
     assert module.weight.grad.abs().sum() > 0 and module.bias.grad.abs().sum() > 0
-    torch.testing.assert_close(module.eval()(x, targets), F.cross_entropy((F.linear(x, module.weight, module.bias)).flatten(0, 1), targets.flatten()))
+    torch.testing.assert_close(
+        module.eval()(x, targets), F.cross_entropy((F.linear(x, module.weight, module.bias)).flatten(0, 1), targets.flatten())
+    )
     (row,) = explain(module)
     assert (row["op"], row["backend"], row["serves"]) == ("linear_cross_entropy", "torch", "yes")
 
@@ -292,7 +302,10 @@ def test_a_named_backend_serves_or_raises():
     [
         ({"x": torch.ones(4, 3).int()}, "x has shape .4, 3. and dtype torch.int32; it must be floating point"),
         ({"weight": torch.ones(5, 4)}, r"weight has shape \(5, 4\), but x has 3 features .*pass one row per class, \(V, 3\)"),
-        ({"targets": torch.ones(3).long()}, r"targets is torch.int64 \(3,\) and x is \(4, 3\); pass one class per token, torch.int64 \(4,\)"),
+        (
+            {"targets": torch.ones(3).long()},
+            r"targets is torch.int64 \(3,\) and x is \(4, 3\); pass one class per token, torch.int64 \(4,\)",
+        ),
         ({"targets": torch.ones(4)}, "targets is torch.float32"),
         ({"weight": torch.ones(5, 3).half()}, "weight is torch.float16 beside a torch.float32 x; pass it as torch.float32"),
         ({"bias": torch.ones(4)}, r"bias has shape \(4,\); pass one per class, \(5,\)"),
@@ -322,9 +335,14 @@ def fill(budgets, seed, values, backend):
     r = random.Random(seed)
     dtype = r.choice(DTYPES)
     shape = r.choice([1, 2, 5, 9]), r.choice([1, 2, 7, 16, 31]), r.choice([1, 2, 3, 31, 64, 65, 300, 2047, 2048, 2049])
-    options = {"label_smoothing": r.choice([0.0, 0.1, 0.7]), "z_loss": r.choice([0.0, 1e-4, 0.1]), "soft_cap": r.choice([None, 2.0, 30.0])}
+    options = {
+        "label_smoothing": r.choice([0.0, 0.1, 0.7]),
+        "z_loss": r.choice([0.0, 1e-4, 0.1]),
+        "soft_cap": r.choice([None, 2.0, 30.0]),
+    }
     options["reduction"] = r.choice(["sum", "none"])
-    has_bias, layout, chunk = r.random() < 0.5, r.choice(["contiguous", "transposed", "step 2", "misaligned"]), r.choice([None, 1, 2, 4])
+    has_bias, layout = r.random() < 0.5, r.choice(["contiguous", "transposed", "step 2", "misaligned"])
+    chunk = r.choice([None, 1, 2, 4])
     *tensors, targets = inputs(shape, dtype, values * 1000003 + seed, slice(r.choice([0, 1, 9]), None, r.choice([1, 2, 3])))
     dy = torch.randn(shape[0], generator=torch.Generator().manual_seed(values)) if options["reduction"] == "none" else None
     laid = [strided_copies(t)[layout] if t.dim() == 2 else t for t in tensors]
@@ -333,5 +351,7 @@ def fill(budgets, seed, values, backend):
     working = run(lambda x, w, b, t, **o: plain(x, w, b if has_bias else None, t, **o), *tensors, targets, dy, **options)
     truth = run(defined(has_bias), *(t.double() for t in tensors), targets, dy, **options)
     for name, f, w, t in zip(("loss", "dx", "dweight", "dbias"), fast, working, truth):
-        budget = budgets.setdefault(name, Budget(f"{backend} {dtype} {shape} {options} {name}", FORWARD if name == "loss" else GRADIENT))
+        budget = budgets.setdefault(
+            name, Budget(f"{backend} {dtype} {shape} {options} {name}", FORWARD if name == "loss" else GRADIENT)
+        )
         budget.add(f.to(w.dtype), w, t)

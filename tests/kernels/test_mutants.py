@@ -1,7 +1,7 @@
 """The kernels' tests can fail: mutants.py makes one fault at a time, and at least 95 % of them must not survive.
 
-`pytest -m campaign --cases=60 tests/kernels/test_mutants.py` judges 60 random ones; `python tests/kernels/mutants.py` judges a fixed
-sample, in pieces.
+`pytest -m campaign --cases=60 tests/kernels/test_mutants.py` judges 60 random ones; `python tests/kernels/mutants.py` judges a
+fixed sample, in pieces.
 """
 
 import random

@@ -25,11 +25,15 @@ def compile_for(name, targets, folder):
     """Compile csrc/cuda/<name>.cu; {kernel and target: (registers, bytes spilled)}, as ptxas says."""
     codes = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
     codes.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
-    command = ["nvcc", "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", *codes, "-c", str(CUDA / f"{name}.cu"), "-o", str(folder / f"{name}.o")]
+    command = ["nvcc", "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", *codes]
+    command += ["-c", str(CUDA / f"{name}.cu"), "-o", str(folder / f"{name}.o")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     entries = re.findall(
-        r"Compiling entry function '(\S+)' for '(sm_\d+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", done.stderr, re.S
+        r"Compiling entry function '(\S+)' for '(sm_\d+)'"
+        r".*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        done.stderr,
+        re.S,
     )
     return {(kernel, target): (int(registers), int(stores) + int(loads)) for kernel, target, stores, loads, registers in entries}
 

@@ -1,4 +1,5 @@
-"""packed_linear: against float64 over awkward shapes, the same bits for a row alone, before unreadable pages, and errors by name."""
+"""packed_linear: against float64 over awkward shapes, the same bits for a row alone, before unreadable pages,
+and errors by name."""
 
 import random
 

@@ -29,10 +29,16 @@ pytestmark = [
 def run(folder, variant, extra):
     if variant != "portable" and "avx2" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this processor has no AVX2")
-    sources = [*sorted((CSRC / "cpu").glob("*.cpp")), CSRC / "threads.cpp", CSRC / "memory.cpp", Path(__file__).with_name("sanitize.cpp")]
+    sources = [
+        *sorted((CSRC / "cpu").glob("*.cpp")),
+        CSRC / "threads.cpp",
+        CSRC / "memory.cpp",
+        Path(__file__).with_name("sanitize.cpp"),
+    ]
     flags = [*FLAGS, *extra, *VARIANTS[variant], f"-DPSANN_NAMESPACE={variant}", f"-I{CSRC}"]
     processes = [
-        subprocess.Popen([COMPILER, *flags, "-c", str(s), "-o", str(folder / f"{s.stem}.o")], stderr=subprocess.PIPE, text=True) for s in sources
+        subprocess.Popen([COMPILER, *flags, "-c", str(s), "-o", str(folder / f"{s.stem}.o")], stderr=subprocess.PIPE, text=True)
+        for s in sources
     ]
     for process in processes:
         _, errors = process.communicate()

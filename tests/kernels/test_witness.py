@@ -19,7 +19,9 @@ def test_one_lucky_draw_of_plain_torch_is_forgiven():
     judge(pooling(lambda n: (1.0, 0.1 if n == 0 else 1.0)))
 
 
-@pytest.mark.parametrize("errors", [lambda n: (3.0, 1.0), lambda n: (3.0 if n == 0 else 0.0, 1.0)], ids=["always", "in the first draw"])
+@pytest.mark.parametrize(
+    "errors", [lambda n: (3.0, 1.0), lambda n: (3.0 if n == 0 else 0.0, 1.0)], ids=["always", "in the first draw"]
+)
 def test_a_fault_is_not_forgiven(errors):
     with pytest.raises(AssertionError, match="error 3.000e.00 exceeds 2.0"):
         judge(pooling(errors))

@@ -11,7 +11,9 @@ import re
 from dataclasses import dataclass, field
 
 _BOUNDED_LEAVES = ("arith.constant", "tt.make_range")
-_CHANGES_NO_BOUND = re.compile(r"arith\.(addi|subi|muli|minsi|maxsi|remsi|divsi|extsi|extui|andi|shli|shrsi)|tt\.(splat|broadcast|expand_dims|reshape|trans)")
+_CHANGES_NO_BOUND = re.compile(
+    r"arith\.(addi|subi|muli|minsi|maxsi|remsi|divsi|extsi|extui|andi|shli|shrsi)|tt\.(splat|broadcast|expand_dims|reshape|trans)"
+)
 _LOADS = ("tt.load", "tt.descriptor_load")
 _NAME = r"%[\w$.-]+"
 

@@ -1,4 +1,5 @@
-"""Work done in processes of its own, forked from one that has torch imported already: to be killed, signalled, or to train together."""
+"""Work done in processes of its own, forked from one that has torch imported already:
+to be killed, signalled, or to train together."""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ def together(count: int, function: Callable[..., None], *arguments: Any) -> list
         port = free.getsockname()[1]
     processes = [
         start(function, *arguments, environment={
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
         })
         for rank in range(count)
     ]  # fmt: skip
@@ -104,7 +106,9 @@ def train_some(folder: Path, base: str, packed: bool, options: dict[str, Any]) -
     from test_trainer import examples
 
     module = tiny(rank(), base=base).double()  # the processes start with different weights and must end with equal ones
-    settings = TrainConfig(**{"log_interval_steps": 1, "progress": False, "amp": "fp32", "eval_interval_steps": 3, "lr": 1e-3, **options})
+    settings = TrainConfig(
+        **{"log_interval_steps": 1, "progress": False, "amp": "fp32", "eval_interval_steps": 3, "lr": 1e-3, **options}
+    )
     leave(folder, module, train(module, examples(37, packed=packed), settings, val_examples=examples(9)))
 
 

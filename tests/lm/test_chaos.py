@@ -135,7 +135,9 @@ def fail_once(folder: Path, failing: int, code: int) -> str:
             kept.save("last", processes.numbered(3))
         except OSError as error:
             assert disk.failed and error.errno == code
-            assert str(folder) in str(error) or disk.failed in ("rmtree", "unlink", "os.open", "os.fsync", "mkdir", "os.mkdir"), str(error)
+            assert str(folder) in str(error) or disk.failed in ("rmtree", "unlink", "os.open", "os.fsync", "mkdir", "os.mkdir"), (
+                str(error)
+            )
     found = checkpoints.newest(folder)
     assert found.step in (2, 3) and found.state["value"] == found.step
     shown = load_file(checkpoint.read(folder)["model.safetensors"])["w"]
@@ -165,7 +167,9 @@ def test_a_full_disk_says_what_is_needed(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "_write_tensors", full)
-    with pytest.raises(OSError, match=r"cannot save to .*step-00000002 .*No space left on device\); 6,3\d\d bytes are needed and [\d,]+ are free"):
+    with pytest.raises(
+        OSError, match=r"cannot save to .*step-00000002 .*No space left on device\); 6,3\d\d bytes are needed and [\d,]+ are free"
+    ):
         kept.save("last", processes.numbered(2))
     assert checkpoints.newest(tmp_path).step == 1
     assert [path.name for path in (tmp_path / "checkpoints" / "step-00000002").iterdir()] == [], "what was half written is gone"
@@ -184,7 +188,9 @@ def test_a_run_folder_that_vanished_is_an_error(tmp_path):
     kept = Checkpoints(folder, processes.model_files, keep=2)
     kept.save("last", processes.numbered(1))
     shutil.rmtree(folder)
-    with pytest.raises(FileNotFoundError, match="cannot save step 2: .*run has vanished .*; the weights are in memory: save them elsewhere"):
+    with pytest.raises(
+        FileNotFoundError, match="cannot save step 2: .*run has vanished .*; the weights are in memory: save them elsewhere"
+    ):
         kept.save("last", processes.numbered(2))
     assert not folder.exists()
 
@@ -259,7 +265,14 @@ def test_signals(campaign, tmp_path):
         draw, folder = random.Random(seed), tmp_path / str(seed)
         folder.mkdir()
         signum = draw.choice([signal.SIGTERM, signal.SIGINT])
-        signal_once(folder, signum, draw.uniform(0, 0.5), save_interval_steps=7, eval_interval_steps=3, async_checkpoints=draw.random() < 0.3)
+        signal_once(
+            folder,
+            signum,
+            draw.uniform(0, 0.5),
+            save_interval_steps=7,
+            eval_interval_steps=3,
+            async_checkpoints=draw.random() < 0.3,
+        )
         shutil.rmtree(folder)
 
 

@@ -428,7 +428,9 @@ def test_a_model_that_fails_to_save_can_still_be_loaded(saved, tmp_path, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "_write_tensors", no_space)
-    with pytest.raises(OSError, match=r"cannot save to .*copy \(.*No space left on device\); [\d,]{6,} bytes are needed and [\d,]+ are free") as caught:
+    with pytest.raises(
+        OSError, match=r"cannot save to .*copy \(.*No space left on device\); [\d,]{6,} bytes are needed and [\d,]+ are free"
+    ) as caught:
         lm.save(folder)
     assert caught.value.errno == errno.ENOSPC and sorted(p.name for p in folder.iterdir()) == before
     assert fingerprint(psannLM.load(folder, device="cpu")) == wanted != fingerprint(lm)

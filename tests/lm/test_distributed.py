@@ -68,7 +68,9 @@ def test_processes_are_one(campaign, tmp_path, count, is_sharded):
 @pytest.mark.parametrize("is_sharded", [False, True], ids=["ddp", "fsdp"])
 def test_a_save_right_after_a_validation_that_did_not_improve(tmp_path, is_sharded):
     # FSDP2 left the embedding whole after the validation, and the optimizer's state was looked for under another tensor.
-    options = dict(max_steps=3, lr=3.0, warmup_steps=0, save_interval_steps=1, eval_interval_steps=1, batch_tokens=32, fsdp=is_sharded)
+    options = dict(
+        max_steps=3, lr=3.0, warmup_steps=0, save_interval_steps=1, eval_interval_steps=1, batch_tokens=32, fsdp=is_sharded
+    )
     assert processes.together(2, processes.fit_some, tmp_path, 0, {**options, "checkpoint_dir": tmp_path / "run"}) == [0, 0]
     losses = [row["val_loss"] for row in json.loads((tmp_path / "history-0.json").read_text())]
     assert max(losses[1:]) > min(losses), "every validation improved, so this tests nothing"

@@ -163,7 +163,12 @@ def test_data_that_does_not_fit_the_model():
     [
         (lambda lm, prepared, folder: lm.fit(prepared, amp="fp16", checkpoint_dir=folder), "amp is 'fp16'"),
         (lambda lm, prepared, folder: lm.fit(prepared, ddp="on", checkpoint_dir=folder), "ddp is 'on'"),
-        (lambda lm, prepared, folder: lm.fit(prepared, data(tokenizer="tokenizers", tokenizer_vocab_size=300), checkpoint_dir=folder), "val_data"),
+        (
+            lambda lm, prepared, folder: lm.fit(
+                prepared, data(tokenizer="tokenizers", tokenizer_vocab_size=300), checkpoint_dir=folder
+            ),
+            "val_data",
+        ),
         (lambda lm, prepared, folder: lm.set_params(base="none").fit(prepared, checkpoint_dir=folder), "base is 'none'"),
     ],
 )  # fmt: skip

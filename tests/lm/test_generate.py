@@ -172,7 +172,9 @@ def test_more_requests_than_rows_and_blocks(monkeypatch, base):
     wanted = model.generate_batch(prompts, **options)
     engines = []
     make = engine.Engine.__init__
-    monkeypatch.setattr(engine.Engine, "__init__", lambda self, *args, **options: engines.append(self) or make(self, *args, **options))
+    monkeypatch.setattr(
+        engine.Engine, "__init__", lambda self, *args, **options: engines.append(self) or make(self, *args, **options)
+    )
     monkeypatch.setattr(engine, "BLOCK_SIZE", 4)
     monkeypatch.setattr(engine, "MAX_ROWS", 3)
     monkeypatch.setattr(engine, "MAX_CACHED_TOKENS", 80)

@@ -71,9 +71,10 @@ def exported(lm: psannLM, folder: Path) -> None:
     folder.mkdir()
     described = dict(
         model_type="psann", base=c.base, hidden_size=c.d_model, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_kv_heads, intermediate_size=c.d_mlp, vocab_size=c.vocab_size, positional_encoding=c.positional_encoding,
-        rotary_theta=c.rope_theta, dropout=c.dropout, tie_word_embeddings=c.tie_embeddings, max_position_embeddings=c.max_length,
-        wave_kernel=c.wave_kernel, wave_dilations=list(c.wave_dilations),
+        num_key_value_heads=c.n_kv_heads, intermediate_size=c.d_mlp, vocab_size=c.vocab_size,
+        positional_encoding=c.positional_encoding, rotary_theta=c.rope_theta, dropout=c.dropout,
+        tie_word_embeddings=c.tie_embeddings, max_position_embeddings=c.max_length, wave_kernel=c.wave_kernel,
+        wave_dilations=list(c.wave_dilations),
     )  # fmt: skip
     (folder / "config.json").write_text(json.dumps(described))
     save_file(lm.module.state_dict(), folder / "model.safetensors")
@@ -224,7 +225,9 @@ MODELS = {
     "offsets that go back": with_weights(safetensors(one([1], [4, 0]), bytes(4))),
     "an unknown dtype": with_weights(safetensors(one([1], [0, 4], "OBJECT"), bytes(4))),
     "a name twice": with_weights(
-        safetensors(b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"x":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', bytes(8))
+        safetensors(
+            b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"x":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', bytes(8)
+        )
     ),
     "tensors that overlap": with_weights(
         safetensors({n: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for n in ("x", "y")}, bytes(8))

@@ -29,15 +29,17 @@ def no_plot(monkeypatch):
 
 # Three micro-batches a step, rows of different lengths, a last step with fewer of both; dropout; a validation every fourth step.
 CONFIG = dict(
-    batch_tokens=24, grad_accum_steps=3, epochs=3, lr=0.01, log_interval_steps=2, eval_interval_steps=4, save_interval_steps=1, progress=False,
-    amp="fp32",
+    batch_tokens=24, grad_accum_steps=3, epochs=3, lr=0.01, log_interval_steps=2, eval_interval_steps=4, save_interval_steps=1,
+    progress=False, amp="fp32",
 )  # fmt: skip
 TIMES = ("tokens_per_second", "mfu", "seconds")
 
 
 def ragged(documents: int = 28):
     rows = examples(documents, packed=False)
-    assert len(rows) % 9 and len(rows) % 9 % 3, "the last step of an epoch should have fewer micro-batches, the last of those fewer rows"
+    assert len(rows) % 9 and len(rows) % 9 % 3, (
+        "the last step of an epoch should have fewer micro-batches, the last of those fewer rows"
+    )
     return rows
 
 
@@ -47,7 +49,9 @@ def run(seed: int = 0, rows=None, resumed: Snapshot | None = None, module=None, 
 
     def save(name: str, taken: Snapshot) -> None:
         if name == "last":
-            kept[taken.step] = copy.deepcopy(Snapshot(taken.step, taken.weights, taken.tensors, json.loads(json.dumps(taken.state))))
+            kept[taken.step] = copy.deepcopy(
+                Snapshot(taken.step, taken.weights, taken.tensors, json.loads(json.dumps(taken.state)))
+            )
 
     module = module if module is not None else tiny(seed, base="waveresnet", dropout=0.2)
     if resumed is not None:
@@ -94,8 +98,13 @@ def test_two_hundred_steps_go_on_from_every_one(campaign):
             assert list(whole) == list(range(1, 201))
             starts = random.Random(seed).sample(range(1, 200), 199)
         step = starts.pop()
-        again, rows = run(module=tiny(seed + 1, base=draw_base, dropout=0.2), resumed=whole[step], save_interval_steps=200, **options)
-        same(Snapshot(200, whole[200].weights, whole[200].tensors, {**whole[200].state, "train": again[200].state["train"]}), again[200])
+        again, rows = run(
+            module=tiny(seed + 1, base=draw_base, dropout=0.2), resumed=whole[step], save_interval_steps=200, **options
+        )
+        same(
+            Snapshot(200, whole[200].weights, whole[200].tensors, {**whole[200].state, "train": again[200].state["train"]}),
+            again[200],
+        )
         assert rows == [row for row in history if row["step"] > step]
 
 
@@ -137,7 +146,14 @@ def weights(lm: psannLM) -> dict[str, torch.Tensor]:
 
 
 OPTIONS = dict(
-    epochs=9, max_steps=9, save_interval_steps=2, eval_interval_steps=3, lr=0.01, grad_accum_steps=2, batch_tokens=32, keep_checkpoints=3
+    epochs=9,
+    max_steps=9,
+    save_interval_steps=2,
+    eval_interval_steps=3,
+    lr=0.01,
+    grad_accum_steps=2,
+    batch_tokens=32,
+    keep_checkpoints=3,
 )
 
 
@@ -190,7 +206,9 @@ def damage(path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["model-*.safetensors", "training-*.safetensors", "training-*.json", "config-*.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["model-*.safetensors", "training-*.safetensors", "training-*.json", "config-*.json", "manifest.json"]
+)
 def test_a_damaged_checkpoint_is_stepped_over_and_named(whole_run, name, caplog):
     wanted, rows, folder = whole_run
     fitted(model(dropout=0.2), data(val_split=0.3), checkpoint_dir=folder, **OPTIONS)
@@ -311,7 +329,9 @@ def test_nan_injections(campaign, tmp_path):
     for seed in campaign:
         draw = random.Random(seed)
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        check_nan(tmp_path / "run", draw.randrange(1, 9), draw.choice(["stop", "skip"]), draw.choice([math.nan, math.inf, -math.inf]))
+        check_nan(
+            tmp_path / "run", draw.randrange(1, 9), draw.choice(["stop", "skip"]), draw.choice([math.nan, math.inf, -math.inf])
+        )
 
 
 def check_nan(folder, bad: int, policy: str, poison: float = math.nan) -> None:

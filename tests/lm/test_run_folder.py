@@ -43,7 +43,10 @@ def test_a_folder_that_vanishes_ends_in_the_error_of_the_save(tmp_path, caplog):
             shutil.rmtree(folder)
 
     lm.module.register_forward_hook(vanish)
-    with caplog.at_level(logging.WARNING), pytest.raises(FileNotFoundError, match="cannot save step 3: .* has vanished .*elsewhere"):
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(FileNotFoundError, match="cannot save step 3: .* has vanished .*elsewhere"),
+    ):
         fitted(lm, checkpoint_dir=folder, save_interval_steps=1)
     assert "cannot write" in caplog.text and "README.md" in caplog.text, "what could not be written after that is logged"
     lm.save(tmp_path / "elsewhere")
@@ -90,9 +93,9 @@ def test_an_interruption_says_what_is_saved(tmp_path, caplog, call, told):
 
 def test_the_command_line_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text(" ".join(SENTENCES))
-    small = "--tokenizer simple --d-model 16 --n-layers 1 --n-heads 2 --max-length 16 --batch-tokens 64 --device cpu --amp fp32 --no-progress"
+    small = "--tokenizer simple --d-model 16 --n-layers 1 --n-heads 2 --max-length 16 --batch-tokens 64 --device cpu --amp fp32"
     arguments = ["train", "--data", str(tmp_path / "a.txt"), "--out", str(tmp_path / "run"), *small.split(), "--max-steps", "4"]
-    arguments += ["--save-interval-steps", "1"]
+    arguments += ["--save-interval-steps", "1", "--no-progress"]
     real = checkpoints.Checkpoints._write_last
 
     def interrupted(self, snapshot) -> None:
@@ -112,7 +115,9 @@ def test_the_command_line_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 
 
 def test_what_cannot_be_continued_says_why(tmp_path, caplog):
-    with pytest.raises(ValueError, match="resume is 'nowhere', and there is no such folder; pass 'auto' or a folder of checkpoints/"):
+    with pytest.raises(
+        ValueError, match="resume is 'nowhere', and there is no such folder; pass 'auto' or a folder of checkpoints/"
+    ):
         fitted(checkpoint_dir=tmp_path / "run", resume="nowhere")
     with caplog.at_level(logging.INFO, "psann_fast"):
         fitted(checkpoint_dir=tmp_path / "run", resume="auto")

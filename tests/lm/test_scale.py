@@ -24,10 +24,14 @@ from psann_fast.data.shards import Shards
 from psann_fast.data.tokenizing import tokenize
 from psann_fast.train.feed import Plan, steps
 
-WORDS = tuple("the sea was calm and a boat went slowly home while rain fell all night over hill river street house clock letter".split())
+WORDS = tuple(
+    "the sea was calm and a boat went slowly home while rain fell all night over hill river street house clock letter".split()
+)
 
 
-def write_corpus(folder: Path, megabytes: float, kinds: tuple[str, ...] = ("txt", "jsonl", "parquet"), seed: int = 0) -> tuple[int, int]:
+def write_corpus(
+    folder: Path, megabytes: float, kinds: tuple[str, ...] = ("txt", "jsonl", "parquet"), seed: int = 0
+) -> tuple[int, int]:
     """Files of each kind with documents of up to 400 words, a text file's one a line; returns how many, and their bytes."""
     draw = random.Random(seed)
     syllables = ["ka", "lo", "mi", "ren", "tas", "vu", "sho", "bel", "dra", "ing", "er", "on"]
@@ -60,8 +64,8 @@ def write_file(path: Path, texts: list[str]) -> None:
         parquet.write_table(pyarrow.table({"text": texts}), path)
 
 
-# Runs a command line and prints its status and the peak memory in MB: of the process beyond `import torch`, of its largest child beyond
-# the same, and of `import torch`. (getrusage would count what the process that started this one held.)
+# Runs a command line and prints its status and the peak memory in MB: of the process beyond `import torch`, of its largest child
+# beyond the same, and of `import torch`. (getrusage would count what the process that started this one held.)
 MEASURED = """
 import pathlib, re, sys, threading, time, torch
 
@@ -89,11 +93,13 @@ if __name__ == "__main__":  # not in the workers, which import this module again
 
 
 def measured(folder: Path, *arguments: str) -> tuple[float, float, float, float, str]:
-    """Of a command line: MB beyond torch, MB of its largest child beyond torch, seconds, seconds of work, what it wrote to stderr."""
+    """Of a command line: MB beyond torch, MB of its largest child beyond torch, seconds, seconds of work,
+    what it wrote to stderr."""
     (folder / "measured.py").write_text(MEASURED)
     began, worked = time.perf_counter(), work()
     done = subprocess.run(
-        [sys.executable, str(folder / "measured.py"), *arguments], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [sys.executable, str(folder / "measured.py"), *arguments], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}
     )  # fmt: skip
     line = [line for line in done.stdout.splitlines() if line.startswith("MEASURED")]
     assert line and line[0].split()[1] == "0", done.stderr

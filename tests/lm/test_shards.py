@@ -1,4 +1,5 @@
-"""Token shards: the ids of the texts, whoever encodes them; the same examples, whoever reads them; damage and bad files are named."""
+"""Token shards: the ids of the texts, whoever encodes them; the same examples, whoever reads them;
+damage and bad files are named."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def test_the_shards_hold_what_encode_gives(tmp_path, name, monkeypatch):
     monkeypatch.setattr(tokenizing, "TASK_CHARACTERS", 5000)  # documents share tasks, and tasks share documents
     monkeypatch.setattr("psann_fast.data.corpora.CHUNK_BYTES", 777)
     known = train_tokenizer(name, TEXTS, None if name == "simple" else 320)
-    parts = tokenize([write_jsonl(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer=known, workers=1, shard_tokens=4000, progress=False)
+    parts = tokenize(
+        [write_jsonl(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer=known, workers=1, shard_tokens=4000, progress=False
+    )
     shards = Shards(tmp_path / "out")
     assert parts["train"]["documents"] == len(TEXTS) and parts["train"]["bytes"] == sum(len(text.encode()) for text in TEXTS)
     assert len(parts["train"]["shards"]) > 2 and shards.dtype == np.uint16
@@ -57,7 +60,9 @@ def test_several_workers_write_the_same_files(tmp_path, monkeypatch):
     known = train_tokenizer("simple", TEXTS)
     monkeypatch.setattr(tokenizing, "TASK_CHARACTERS", 3000)
     for workers in (1, 2):
-        tokenize([source], tmp_path / str(workers), tokenizer=known, workers=workers, shard_tokens=9000, val_split=0.3, progress=False)
+        tokenize(
+            [source], tmp_path / str(workers), tokenizer=known, workers=workers, shard_tokens=9000, val_split=0.3, progress=False
+        )
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "12")
     assert one == two and {"train-00001.bin", "validation-00000.bin", "index.json", "psann_tokenizer.json"} <= set(one)
 
@@ -77,7 +82,8 @@ def test_every_kind_of_file(tmp_path):
 
 def test_lines_are_read_chunk_by_chunk(tmp_path, monkeypatch):
     monkeypatch.setattr("psann_fast.data.corpora.CHUNK_BYTES", 7)
-    for text in ("", "a", "a\n", "\n", "\n\nb", "a\n\n", "long enough for chunks\nshort\n" * 3, "1234567\n1234567\n", "\u00e9\n" * 9, "x" * 50):
+    long = "long enough for chunks\nshort\n" * 3
+    for text in ("", "a", "a\n", "\n", "\n\nb", "a\n\n", long, "1234567\n1234567\n", "\u00e9\n" * 9, "x" * 50):
         (tmp_path / "a.txt").write_text(text)
         found = [list(document) for document in documents([tmp_path / "a.txt"], by_line=True)]
         assert ["".join(document) for document in found] == text.removesuffix("\n").split("\n") if text else found == []
@@ -129,7 +135,8 @@ def test_paths_that_cannot_be_used(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     tokenize(
-        [write_jsonl(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer="simple", workers=1, shard_tokens=3000, val_split=0.2, progress=False
+        [write_jsonl(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer="simple", workers=1, shard_tokens=3000, val_split=0.2,
+        progress=False
     )  # fmt: skip
     return tmp_path / "out"
 
@@ -138,7 +145,9 @@ def test_damage_is_found(folder):
     names = sorted(path.name for path in folder.iterdir())
     for name in names:
         whole = (folder / name).read_bytes()
-        for content in (b"", whole[:-1], whole + b"\0", whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :]):
+        middle = len(whole) // 2
+        flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+        for content in (b"", whole[:-1], whole + b"\0", flipped):
             (folder / name).write_bytes(content)
             with pytest.raises(ValueError, match="run psann-fast tokenize again"):
                 Shards(folder)
@@ -244,14 +253,21 @@ def test_fit_trains_on_shards_and_continues(folder, tmp_path):
 
 # -- the commands ---------------------------------------------------------------------------------------------------------------
 
-SMALL = ["--base", "respsann", "--d-model", "16", "--n-layers", "1", "--n-heads", "2", "--max-length", "16", "--batch-tokens", "64", "--device", "cpu", "--amp", "fp32"]
+SMALL = (
+    "--base respsann --d-model 16 --n-layers 1 --n-heads 2 --max-length 16 --batch-tokens 64 --device cpu --amp fp32".split()
+)
 
 
 def test_tokenize_train_runs(tmp_path, capsys, caplog):
     write_jsonl(tmp_path / "a.jsonl")
-    assert main(["tokenize", "--data", str(tmp_path), "--out", str(tmp_path / "tokens"), "--tokenizer", "simple", "--workers", "1"]) == 0
+    assert (
+        main(["tokenize", "--data", str(tmp_path), "--out", str(tmp_path / "tokens"), "--tokenizer", "simple", "--workers", "1"])
+        == 0
+    )
     out, err = capsys.readouterr()
-    assert f"train: {len(TEXTS)} documents" in out and f"psann-fast train --data {tmp_path / 'tokens'}" in out and "tokenizing" in err
+    assert (
+        f"train: {len(TEXTS)} documents" in out and f"psann-fast train --data {tmp_path / 'tokens'}" in out and "tokenizing" in err
+    )
     common = ["train", "--data", str(tmp_path / "tokens"), *SMALL, "--no-progress"]
     for name, rate in (("one", "1e-3"), ("two", "2e-3")):
         assert main([*common, "--out", str(tmp_path / "runs" / name), "--max-steps", "3", "--lr", rate]) == 0

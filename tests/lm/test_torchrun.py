@@ -24,10 +24,15 @@ SECONDS = 150
 def launched(count: int, *arguments: str) -> subprocess.Popen[str]:
     """`torchrun --nproc-per-node=count arguments`, one thread in each process."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
+        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
     ]  # fmt: skip
     return subprocess.Popen(
-        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -47,7 +52,9 @@ def test_two_processes_are_one(tmp_path):
 @pytest.mark.campaign(weight=0.1)
 @pytest.mark.parametrize("is_sharded", [False, True], ids=["ddp", "fsdp"])
 def test_four_processes_are_one(tmp_path, is_sharded):
-    check_equal(tmp_path, 4, "respsann", True, 1e-5 if is_sharded else 1e-6, rows=1, accumulation=2, fsdp=is_sharded, launch=train_some)
+    check_equal(
+        tmp_path, 4, "respsann", True, 1e-5 if is_sharded else 1e-6, rows=1, accumulation=2, fsdp=is_sharded, launch=train_some
+    )
 
 
 # -- the command line -----------------------------------------------------------------------------------------------------------
@@ -56,10 +63,10 @@ def test_four_processes_are_one(tmp_path, is_sharded):
 def training(folder: Path, run: str, *options: str, count: int = 2) -> subprocess.Popen[str]:
     (folder / "text.txt").write_text("The sea was calm and the boat went slowly home. Rain fell all night. " * 60)
     return launched(
-        count, "-m", "psann_fast.cli", "train", "--data", str(folder / "text.txt"), "--out", str(folder / run), "--tokenizer", "simple",
-        "--d-model", "16", "--n-layers", "1", "--n-heads", "2", "--max-steps", "60", "--epochs", "99", "--batch-tokens", "64",
-        "--max-length", "16", "--dropout", "0.1", "--log-interval-steps", "1", "--save-interval-steps", "7", "--device", "cpu", "--amp", "fp32",
-        "--ddp", "on", *options,
+        count, "-m", "psann_fast.cli", "train", "--data", str(folder / "text.txt"), "--out", str(folder / run),
+        "--tokenizer", "simple", "--d-model", "16", "--n-layers", "1", "--n-heads", "2", "--max-steps", "60", "--epochs", "99",
+        "--batch-tokens", "64", "--max-length", "16", "--dropout", "0.1", "--log-interval-steps", "1",
+        "--save-interval-steps", "7", "--device", "cpu", "--amp", "fp32", "--ddp", "on", *options,
     )  # fmt: skip
 
 

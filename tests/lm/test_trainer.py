@@ -208,7 +208,7 @@ def test_muon_takes_the_products_of_the_blocks_and_adamw_the_rest(base):
     names = {p: name for name, p in module.named_parameters()}
     orthogonal = {names[p] for group in muon.param_groups for p in group["params"]}
     ends = {".".join(name.split(".")[2:]) for name in orthogonal}
-    products = {"attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight", "attn.o_proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
+    products = {f"{name}.weight" for name in "attn.q_proj attn.k_proj attn.v_proj attn.o_proj mlp.fc1 mlp.fc2".split()}
     assert ends == products | ({"wave.out_proj.weight"} if base == "waveresnet" else set())
     rest = [names[p] for group in adamw.param_groups for p in group["params"]]
     assert sorted([*rest, *orthogonal]) == sorted(names.values()), "each parameter learns once"
@@ -432,7 +432,9 @@ def looking(request, monkeypatch):
     """Both ways of a Guard; the second is how it works on a GPU, where looking would wait for the device."""
     is_gpu = request.param == "looks when a row is logged"
     if is_gpu:
-        monkeypatch.setattr(trainer, "Guard", type("OnGPU", (Guard,), {"waits": property(lambda self: False, lambda self, value: None)}))
+        monkeypatch.setattr(
+            trainer, "Guard", type("OnGPU", (Guard,), {"waits": property(lambda self: False, lambda self, value: None)})
+        )
     return is_gpu
 
 
@@ -456,7 +458,12 @@ def test_stop_keeps_the_weights_before_the_failing_step_however_late_it_is_seen(
     module, saved = tiny(), []
     held = poisoned(module, 3)  # and never again: later steps could move the weights
     with pytest.raises(TrainingDiverged, match="loss is nan .* at optimizer step 3; the weights are those before it"):
-        train(module, examples(), config(epochs=9, max_steps=9, log_interval_steps=100, save_interval_steps=5), save=lambda name, _: saved.append(name))
+        train(
+            module,
+            examples(),
+            config(epochs=9, max_steps=9, log_interval_steps=100, save_interval_steps=5),
+            save=lambda name, _: saved.append(name),
+        )
     assert len(held) == (5 if looking else 3) and saved == [], "seen at the save of step 5 at the latest"
     assert is_at(module, held[2]) and not is_at(module, held[1])
 
@@ -477,7 +484,9 @@ def test_skip_leaves_out_the_failing_steps_alone(looking, caplog):
 def test_skip_gives_up_after_twenty_in_a_row(looking):
     module = tiny()
     held = poisoned(module, *range(3, 100))
-    with pytest.raises(TrainingDiverged, match=f"{guard.MOST_SKIPS_IN_A_ROW} steps in a row were skipped; the weights are those before"):
+    with pytest.raises(
+        TrainingDiverged, match=f"{guard.MOST_SKIPS_IN_A_ROW} steps in a row were skipped; the weights are those before"
+    ):
         train(module, examples(60), config(epochs=99, max_steps=60, nan_policy="skip"))
     assert len(held) == 2 + guard.MOST_SKIPS_IN_A_ROW and is_at(module, held[2])
 
@@ -615,7 +624,9 @@ def test_a_folder_that_is_used_again_keeps_both_runs(tmp_path):
     assert [len(rows) - 1 for rows in runs.values()] == [2, 3, 1]
     assert all(rows[0] == list(COLUMNS) and COLUMNS[0] not in [row[0] for row in rows[1:]] for rows in runs.values())
     for number, steps in (("-001", 2), ("-002", 3), ("", 1)):
-        assert f"max_steps: {steps}" in (tmp_path / f"config{number}.yaml").read_text() and (tmp_path / f"loss{number}.png").is_file()
+        assert (
+            f"max_steps: {steps}" in (tmp_path / f"config{number}.yaml").read_text() and (tmp_path / f"loss{number}.png").is_file()
+        )
 
 
 # -- fit again ------------------------------------------------------------------------------------------------------------------

@@ -66,8 +66,8 @@ def sine_of(z, amplitude, high, low, damping, MODE: tl.constexpr, dtype: tl.cons
 
 @triton.jit
 def gradients_of_sine(dy, z, high, low, damping, rise, fall, MODE: tl.constexpr, dtype: tl.constexpr):
-    """dz where rise is amplitude * frequency and fall amplitude * damping; and what dz shares with the parameters' gradients: dy times
-    envelope and sine, dy times envelope and cosine, and g(z)."""
+    """dz where rise is amplitude * frequency and fall amplitude * damping; and what dz shares with the parameters' gradients: dy
+    times envelope and sine, dy times envelope and cosine, and g(z)."""
     e, g = envelope(z, damping, MODE)
     turns = turns_of(z, high, low)
     p = dy * e
@@ -179,7 +179,8 @@ def forward_options(itemsize: int) -> dict[str, int]:
 
 
 def grid(row_tiles: int, features: int) -> tuple[int, int, int]:
-    """Column tiles first; row tiles over two axes, because CUDA ends the second and third at 65535. Surplus programs find no row."""
+    """Column tiles first; row tiles over two axes, because CUDA ends the second and third at 65535.
+    Surplus programs find no row."""
     return triton.cdiv(features, BLOCK_F), min(row_tiles, 65535), triton.cdiv(row_tiles, 65535)
 
 
@@ -234,7 +235,10 @@ damped_sine_triton_backward = define(
     "damped_sine_triton_backward(Tensor dy, Tensor z, Tensor amplitude, Tensor frequency, Tensor damping, str mode)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
-    lambda dy, z, a, f, d, mode: (z.new_empty(z.shape), *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, f, d))),
+    lambda dy, z, a, f, d, mode: (
+        z.new_empty(z.shape),
+        *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, f, d)),
+    ),
 )
 damped_sine_triton = define(
     "damped_sine_triton(Tensor z, Tensor amplitude, Tensor frequency, Tensor damping, str mode) -> Tensor",
@@ -246,9 +250,9 @@ damped_sine_triton = define(
 
 
 def configurations() -> list[Configuration]:
-    """What the launchers above can choose. float16 and bfloat16 differ in conversions alone, so bfloat16 stands for both; the modes differ in
-    the envelope alone, so the two that have one are listed once, and "none", which leaves it out, is not. Rows that are no multiple of
-    16 elements long are read an element at a time."""
+    """What the launchers above can choose. float16 and bfloat16 differ in conversions alone, so bfloat16 stands for both; the modes
+    differ in the envelope alone, so the two that have one are listed once, and "none", which leaves it out, is not. Rows that are
+    no multiple of 16 elements long are read an element at a time."""
     found = []
     for kind, mode, is_aligned in (
         ("bf16", "abs", True), ("bf16", "relu", True), ("fp32", "abs", True), ("bf16", "abs", False),

@@ -1,8 +1,8 @@
 """Calls a fast op's function without torch's dispatcher, where nobody could tell the difference.
 
-The dispatcher costs 10 us a call through an op that has a derivative in Python, and 31 where something needs a gradient; this costs 2
-and 9 (torch 2.13 on a 3 GHz core). The kernels of a small model take no longer themselves. A call that something looks at, a trace,
-a mode, a transform, a profiler or a subclass of Tensor, takes the op.
+The dispatcher costs 10 us a call through an op that has a derivative in Python, and 31 where something needs a gradient; this costs
+2 and 9 (torch 2.13 on a 3 GHz core). The kernels of a small model take no longer themselves. A call that something looks at, a
+trace, a mode, a transform, a profiler or a subclass of Tensor, takes the op.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def shortcut(
 ) -> Callable[..., Any]:
     """A callable that gives what `op` gives.
 
-    op, function, backward, setup_context   what library.define returned and was given; without backward the outputs have no gradient
+    op, function, backward, setup_context   what library.define returned and was given;
+                                            without backward the outputs have no gradient
     """
 
     class Differentiable(torch.autograd.Function):
@@ -40,7 +41,9 @@ def shortcut(
         def backward(ctx: Any, *gradients: Any) -> Any:
             if torch.is_grad_enabled():
                 # What follows is no part of any graph, and a second derivative would silently miss it.
-                raise RuntimeError(f"{op}: its gradient has no derivative (create_graph=True asks for one); backend='torch' has all")
+                raise RuntimeError(
+                    f"{op}: its gradient has no derivative (create_graph=True asks for one); backend='torch' has all"
+                )
             return backward(ctx, *gradients)
 
     def call(*arguments: Any) -> Any:

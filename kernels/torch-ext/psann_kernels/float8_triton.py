@@ -1,7 +1,7 @@
 """Reading and writing torch.float8_e4m3fn by its bits: four exponent bits of bias 7, three of mantissa, no infinity.
 
-Kernels take such tensors as uint8, because Triton's own conversion needs sm_89 and fails on older GPUs; these few integer operations run
-anywhere. Bits: a sign, then 0x7F for NaN, up to 0x7E for 448.
+Kernels take such tensors as uint8, because Triton's own conversion needs sm_89 and fails on older GPUs; these few integer
+operations run anywhere. Bits: a sign, then 0x7F for NaN, up to 0x7E for 448.
 """
 
 from __future__ import annotations

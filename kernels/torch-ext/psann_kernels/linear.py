@@ -60,7 +60,8 @@ def _check(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None)
         raise ValueError(f"linear: x has shape {tuple(x.shape)} and dtype {dtype}; it must be floating point, (..., K)")
     if len(shape) != 2 or shape[1] != x.shape[-1]:
         raise ValueError(
-            f"linear: weight has shape {tuple(shape)}, but x has {x.shape[-1]} inputs (x is {tuple(x.shape)}); pass (N, {x.shape[-1]})"
+            f"linear: weight has shape {tuple(shape)}, but x has {x.shape[-1]} inputs (x is {tuple(x.shape)}); "
+            f"pass (N, {x.shape[-1]})"
         )
     if other != dtype and other not in WEIGHT_DTYPES:
         raise ValueError(f"linear: weight is {other}; it must be {', '.join(map(str, WEIGHT_DTYPES))} or x's {dtype}")

@@ -3,7 +3,8 @@
     logits = x @ weight^T + bias,  capped = soft_cap * tanh(logits / soft_cap),  lse = logsumexp(capped)
     loss = lse - (1 - label_smoothing) * capped[target] - label_smoothing * mean(capped) + z_loss * lse^2
 
-The (tokens, vocabulary) matrix is most of what a language model's training step holds. Here it exists for a chunk of tokens at a time.
+The (tokens, vocabulary) matrix is most of what a language model's training step holds.
+Here it exists for a chunk of tokens at a time.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ def linear_cross_entropy(
     chunk            tokens whose logits exist at a time; None: as many as suit the device
     backend          "auto", "triton", "native" or "torch"
 
-    Returns () or targets' shape, float32 (float64 for a float64 x). The product is rounded to x's dtype, everything after it and the sum
-    of the weight's gradient over tokens is float32 at least. Differentiable in x, weight and bias, once. "sum" and "mean" compute
-    the gradients together with the loss and keep them, in x's size and in weight's in float32; "none" computes the logits again in
-    backward. Same bits every run. Under torch.autocast x is taken in autocast's dtype.
+    Returns () or targets' shape, float32 (float64 for a float64 x). The product is rounded to x's dtype, everything after it and
+    the sum of the weight's gradient over tokens is float32 at least. Differentiable in x, weight and bias, once. "sum" and "mean"
+    compute the gradients together with the loss and keep them, in x's size and in weight's in float32; "none" computes the logits
+    again in backward. Same bits every run. Under torch.autocast x is taken in autocast's dtype.
     A target out of range is a ValueError on a CPU; on a GPU, which nothing here waits for, its loss is NaN.
     Raises ValueError for other shapes, dtypes or options; BackendError if `backend` was named and cannot serve.
     Source: chunks, Hsu et al. 2024, arXiv:2410.10989; z-loss, Chowdhery et al. 2022, arXiv:2204.02311; soft-cap, Gemma 2,
@@ -101,17 +102,18 @@ def _check(
 ) -> None:  # fmt: skip
     if x.dim() == 0 or x.shape[-1] == 0 or not x.is_floating_point():
         raise ValueError(
-            f"linear_cross_entropy: x has shape {tuple(x.shape)} and dtype {x.dtype}; it must be floating point, (..., K) with K >= 1"
+            f"linear_cross_entropy: x has shape {tuple(x.shape)} and dtype {x.dtype}; "
+            "it must be floating point, (..., K) with K >= 1"
         )
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
-            f"linear_cross_entropy: weight has shape {tuple(weight.shape)}, but x has {x.shape[-1]} features (x is {tuple(x.shape)}); "
-            f"pass one row per class, (V, {x.shape[-1]}) with V >= 1"
+            f"linear_cross_entropy: weight has shape {tuple(weight.shape)}, but x has {x.shape[-1]} features (x is "
+            f"{tuple(x.shape)}); pass one row per class, (V, {x.shape[-1]}) with V >= 1"
         )
     if targets.shape != x.shape[:-1] or targets.dtype != torch.int64:
         raise ValueError(
-            f"linear_cross_entropy: targets is {targets.dtype} {tuple(targets.shape)} and x is {tuple(x.shape)}; pass one class per "
-            f"token, torch.int64 {tuple(x.shape[:-1])}"
+            f"linear_cross_entropy: targets is {targets.dtype} {tuple(targets.shape)} and x is {tuple(x.shape)}; "
+            f"pass one class per token, torch.int64 {tuple(x.shape[:-1])}"
         )
     wide = torch.promote_types(x.dtype, torch.float32)
     for name, t in (("weight", weight), ("bias", bias)):

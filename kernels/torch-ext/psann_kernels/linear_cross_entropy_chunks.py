@@ -1,9 +1,10 @@
-"""linear_cross_entropy chunk by chunk: the loop that every backend shares, and torch's part of it. Read linear_cross_entropy.py first.
+"""linear_cross_entropy chunk by chunk: the loop that every backend shares, and torch's part of it.
+Read linear_cross_entropy.py first.
 
-For each chunk of tokens: logits by a matrix product into one reused buffer; `turn` takes their losses and makes them, in place, their
-gradient; two more products add to dx and dweight. So "sum" and "mean" take three products, as a linear layer and its backward do, and
-no memory that grows with tokens times classes. The loss's own gradient is one number there, which scales what was kept; a gradient per
-token, for "none", comes too late for that, so its backward goes through the chunks again (four products).
+For each chunk of tokens: logits by a matrix product into one reused buffer; `turn` takes their losses and makes them, in place,
+their gradient; two more products add to dx and dweight. So "sum" and "mean" take three products, as a linear layer and its backward
+do, and no memory that grows with tokens times classes. The loss's own gradient is one number there, which scales what was kept; a
+gradient per token, for "none", comes too late for that, so its backward goes through the chunks again (four products).
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from torch import Tensor
 from .library import define
 from .linear_cross_entropy import OP
 
-# Bytes of one chunk's logits: on a CPU what its caches hold (and less than what the allocator gives back to the system at every call),
-# with rows enough for a fast product; on a GPU 2048 tokens of 128k classes.
+# Bytes of one chunk's logits: on a CPU what its caches hold (and less than what the allocator gives back to the system at every
+# call), with rows enough for a fast product; on a GPU 2048 tokens of 128k classes.
 CPU_CHUNK_BYTES, CPU_LEAST_TOKENS = 768 << 10, 256
 GPU_CHUNK_BYTES, GPU_LEAST_TOKENS = 512 << 20, 256
 
-# turn(logits, targets, losses, dloss, ignore_index, label_smoothing, z_loss, soft_cap, wants_gradient): reads logits (rows, V), writes
-# losses (rows,), and if asked makes logits their own gradient, times dloss (rows,) unless that is None.
+# turn(logits, targets, losses, dloss, ignore_index, label_smoothing, z_loss, soft_cap, wants_gradient): reads logits (rows, V),
+# writes losses (rows,), and if asked makes logits their own gradient, times dloss (rows,) unless that is None.
 Turn = Callable[..., None]
 
 
@@ -36,7 +37,8 @@ def chunk_of(x: Tensor, classes: int) -> int:
 
 def run(
     turn: Turn, x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, dloss: Tensor | None, ignore_index: int,
-    label_smoothing: float, z_loss: float, soft_cap: float | None, chunk: int | None, needs_x: bool, needs_weight: bool, needs_bias: bool,
+    label_smoothing: float, z_loss: float, soft_cap: float | None, chunk: int | None, needs_x: bool, needs_weight: bool,
+    needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """losses (N,), dx (N, K), dweight (V, K), dbias (V,); the last two wide, each (0,) where it is not needed."""
     losses, dx, dweight, dbias = _outputs(x, weight, needs_x, needs_weight, needs_bias)
@@ -75,7 +77,9 @@ def run(
     return losses, dx, dweight, dbias
 
 
-def _outputs(x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _outputs(
+    x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty((x.shape[0],), dtype=wide),
@@ -89,8 +93,8 @@ def _check_targets(targets: Tensor, classes: int, ignore_index: int) -> None:
     is_wrong = (targets != ignore_index) & ((targets < 0) | (targets >= classes))
     if is_wrong.any():
         raise ValueError(
-            f"linear_cross_entropy: targets holds {targets[is_wrong][0].item()}; classes go from 0 to {classes - 1}, and ignore_index is "
-            f"{ignore_index}"
+            f"linear_cross_entropy: targets holds {targets[is_wrong][0].item()}; "
+            f"classes go from 0 to {classes - 1}, and ignore_index is {ignore_index}"
         )
 
 
@@ -168,7 +172,9 @@ def define_ops(backend: str, turn: Turn) -> tuple[Callable[..., Any], Callable[.
     def losses_of(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
         return run(turn, x, weight, targets, bias, None, *options, False, False, False)[0]
 
-    def gradients_of(dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+    def gradients_of(
+        dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *options: Any
+    ) -> tuple[Tensor, ...]:
         _, dx, dweight, dbias = run(turn, x, weight, targets, bias, dloss, *options)
         return dx, dweight.to(weight.dtype), dbias.to(dbias.dtype if bias is None else bias.dtype)
 
@@ -176,7 +182,9 @@ def define_ops(backend: str, turn: Turn) -> tuple[Callable[..., Any], Callable[.
         losses, *gradients = run(turn, x, weight, targets, bias, None, *options)
         return losses.sum(), *gradients
 
-    def gradients_fake(dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+    def gradients_fake(
+        dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *options: Any
+    ) -> tuple[Tensor, ...]:
         _, dx, dweight, dbias = _outputs(x, weight, *options[-3:])
         return dx, dweight.to(weight.dtype), dbias.to(dbias.dtype if bias is None else bias.dtype)
 
@@ -221,26 +229,33 @@ def define_ops(backend: str, turn: Turn) -> tuple[Callable[..., Any], Callable[.
         losses_of, lambda x, weight, *_: _outputs(x, weight, False, False, False)[0], differentiate_losses, setup_losses,
     )  # fmt: skip
     sum_op = define(
-        f"{name}_sum({inputs}, {options}, {needs}) -> (Tensor, Tensor, Tensor, Tensor)", sum_of, sum_fake, differentiate_sum, setup_sum
+        f"{name}_sum({inputs}, {options}, {needs}) -> (Tensor, Tensor, Tensor, Tensor)",
+        sum_of,
+        sum_fake,
+        differentiate_sum,
+        setup_sum,
     )
     return losses_op, sum_op
 
 
 def _refuse_second() -> None:
-    """Raise inside a backward that is itself to be differentiated: what was kept counts as a constant there, and no error would tell."""
+    """Raise inside a backward that is itself to be differentiated: what was kept counts as a constant there,
+    and no error would tell."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "linear_cross_entropy: its gradient has no derivative (create_graph=True asks for one); linear_cross_entropy.definition has all"
+            "linear_cross_entropy: its gradient has no derivative (create_graph=True asks for one); "
+            "linear_cross_entropy.definition has all"
         )
 
 
 def serve(
-    ops: tuple[Callable[..., Any], Callable[..., Any]], x: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None, ignore_index: int,
-    label_smoothing: float, z_loss: float, soft_cap: float | None, reduction: str, chunk: int | None,
+    ops: tuple[Callable[..., Any], Callable[..., Any]], x: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None,
+    ignore_index: int, label_smoothing: float, z_loss: float, soft_cap: float | None, reduction: str, chunk: int | None,
 ) -> Tensor:  # fmt: skip
     """linear_cross_entropy by one backend's ops."""
     losses_op, sum_op = ops
-    arguments = x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), bias, ignore_index, label_smoothing, z_loss, soft_cap, chunk
+    rows, classes = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    arguments = rows, weight, classes, bias, ignore_index, label_smoothing, z_loss, soft_cap, chunk
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
     if reduction == "none":
         return losses_op(*arguments).reshape(targets.shape)

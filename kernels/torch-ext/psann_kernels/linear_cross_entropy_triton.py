@@ -1,8 +1,9 @@
 """Triton twin of linear_cross_entropy. Read linear_cross_entropy.py and linear_cross_entropy_chunks.py first.
 
-The three matrix products are cuBLAS's; the kernel turns a chunk's logits into losses and, in place, into their gradient. One program
-a row, which it reads twice, the second time from the level-2 cache (256 KB for 128k bfloat16 classes), and writes once: 2 * rows *
-classes * itemsize bytes of memory. The maximum is one number a block and the sum one a lane, so a logit costs one exponential a pass.
+The three matrix products are cuBLAS's; the kernel turns a chunk's logits into losses and, in place, into their gradient. One
+program a row, which it reads twice, the second time from the level-2 cache (256 KB for 128k bfloat16 classes), and writes once: 2 *
+rows * classes * itemsize bytes of memory. The maximum is one number a block and the sum one a lane,
+so a logit costs one exponential a pass.
 """
 
 from __future__ import annotations
@@ -102,9 +103,9 @@ def turn(
     """`Turn` by the kernel."""
     rows, classes = logits.shape
     _turn_kernel[(rows,)](
-        logits, targets.contiguous(), None if dloss is None else dloss.contiguous(), losses, classes, logits.stride(0), ignore_index,
-        label_smoothing, z_loss, soft_cap, HAS_SMOOTHING=label_smoothing > 0, HAS_GRADIENT=wants_gradient, BLOCK_V=BLOCK_V,
-        enable_fp_fusion=True,
+        logits, targets.contiguous(), None if dloss is None else dloss.contiguous(), losses, classes, logits.stride(0),
+        ignore_index, label_smoothing, z_loss, soft_cap, HAS_SMOOTHING=label_smoothing > 0, HAS_GRADIENT=wants_gradient,
+        BLOCK_V=BLOCK_V, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -112,8 +113,8 @@ OPS = define_ops("triton", turn)
 
 
 def configurations() -> list[Configuration]:
-    """The least and the most that a gradient can ask for, in half and full precision, and rows that are no multiple of 16 long. A call
-    for the loss alone runs the first half of these."""
+    """The least and the most that a gradient can ask for, in half and full precision, and rows that are no multiple of 16 long. A
+    call for the loss alone runs the first half of these."""
     types = {"target_ptr": "*i64:16", "dloss_ptr": "*fp32:16", "loss_ptr": "*fp32:16", "ignore_index": "i32"}
     numbers = {name: "fp32" for name in ("label_smoothing", "z_loss", "soft_cap")}
     plain = dict(dloss_ptr=None, soft_cap=None, HAS_SMOOTHING=False, HAS_GRADIENT=True)
@@ -125,7 +126,9 @@ def configurations() -> list[Configuration]:
     ):  # fmt: skip
         signature = {"logits_ptr": f"*{dtype}:16", "classes": size, "logits_stride": size, **types, **numbers}
         signature = {key: signature[key] for key in _turn_kernel.arg_names if key in signature and key not in constants}
-        found.append(Configuration(_turn_kernel, signature, dict(BLOCK_V=BLOCK_V, **constants), name=f"linear_cross_entropy {name}"))
+        found.append(
+            Configuration(_turn_kernel, signature, dict(BLOCK_V=BLOCK_V, **constants), name=f"linear_cross_entropy {name}")
+        )
     return found
 
 

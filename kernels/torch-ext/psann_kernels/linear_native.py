@@ -50,7 +50,11 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = (scaled @ weight.float()).to(x.dtype)
     dweight = dbias = None
     if weight.is_floating_point():
-        dweight = (wide.flatten(0, -2).t() @ x.float().flatten(0, -2)).to(weight.dtype) if x.dim() > 1 else torch.outer(wide, x.float()).to(weight.dtype)
+        dweight = (
+            (wide.flatten(0, -2).t() @ x.float().flatten(0, -2)).to(weight.dtype)
+            if x.dim() > 1
+            else torch.outer(wide, x.float()).to(weight.dtype)
+        )
     if bias is not None:
         dbias = wide.reshape(-1, wide.shape[-1]).sum(0).to(bias.dtype)
     return dx, dweight, None, dbias

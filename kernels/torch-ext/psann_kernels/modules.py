@@ -25,7 +25,8 @@ FREQUENCY_FLOOR = 1e-6
 
 
 def is_plain_linear(part: nn.Module) -> bool:
-    """Whether `part` is an nn.Linear with nothing of anybody else's around it (hooks, an adapter): its weight says all that it does."""
+    """Whether `part` is an nn.Linear with nothing of anybody else's around it (hooks, an adapter):
+    its weight says all that it does."""
     return _is_plain(part, nn.Linear)
 
 
@@ -114,8 +115,9 @@ class DampedSineMLP(nn.Module):
     sine      further options of DampedSine
 
     State: `fc1.weight`, `fc1.bias`, `act._A`, `act._f`, `act._d`, `fc2.weight`, `fc2.bias`, the names of psannlm's MLP. The linear
-    layers start as nn.Linear does. One call of damped_sine_mlp, unless a part has hooks or another stands in its place (an adapter):
-    then the parts are called one by one, so that these take part. Raises ValueError as DampedSine, and for fused with such parts.
+    layers start as nn.Linear does. One call of damped_sine_mlp, unless a part has hooks or another stands in its place (an
+    adapter): then the parts are called one by one, so that these take part.
+    Raises ValueError as DampedSine, and for fused with such parts.
     """
 
     speaks_for = ("act",)
@@ -143,8 +145,8 @@ class DampedSineMLP(nn.Module):
             return damped_sine_mlp(x, *self._tensors(), **self._options(), backend=self.act.backend)
         if self.fused:
             raise ValueError(
-                "DampedSineMLP: fused=True, but fc1, act or fc2 has hooks or was replaced, and the fused kernel would pass over that; "
-                "take it away or set fused=False"
+                "DampedSineMLP: fused=True, but fc1, act or fc2 has hooks or was replaced, and the fused kernel would pass over "
+                "that; take it away or set fused=False"
             )
         return self.fc2(self.act(self.fc1(x)))
 
@@ -217,7 +219,12 @@ class LinearCrossEntropy(nn.Module):
     def example_calls(self) -> ExampleCalls:
         """The op call that `explain(model)` asks about."""
         targets = torch.zeros(1, dtype=torch.int64, device=self.weight.device)
-        yield OPS["linear_cross_entropy"], self.backend, (self.weight.new_empty((1, self.weight.shape[1])), self.weight, targets), self._options()
+        yield (
+            OPS["linear_cross_entropy"],
+            self.backend,
+            (self.weight.new_empty((1, self.weight.shape[1])), self.weight, targets),
+            self._options(),
+        )
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {len(self.weight)}, reduction={self.reduction!r}, backend={self.backend!r}"
@@ -286,8 +293,8 @@ class RotaryAttention(nn.Module):
         self.num_heads, self.num_kv_heads = num_heads, num_heads if num_kv_heads is None else num_kv_heads
         if features % num_heads or num_heads % self.num_kv_heads:
             raise ValueError(
-                f"RotaryAttention: features, num_heads and num_kv_heads are {features}, {num_heads} and {self.num_kv_heads}; each must be "
-                "a multiple of the next"
+                f"RotaryAttention: features, num_heads and num_kv_heads are {features}, {num_heads} and {self.num_kv_heads}; "
+                "each must be a multiple of the next"
             )
         self.head_dim = features // num_heads
         self.theta, self.max_position, self.interleaved, self.window = theta, max_position, interleaved, window
@@ -357,7 +364,8 @@ class RotaryAttention(nn.Module):
 
     def extra_repr(self) -> str:
         window = "" if self.window is None else f", window={self.window}"
-        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, interleaved={self.interleaved}{window}, backend={self.backend!r}"
+        heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
+        return f"{heads}, interleaved={self.interleaved}{window}, backend={self.backend!r}"
 
 
 class WaveConv(nn.Module):

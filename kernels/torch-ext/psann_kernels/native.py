@@ -1,4 +1,5 @@
-"""Loads `_native` and `_native_cuda`, the kernels of csrc, or says why it cannot be. The *_native.py files offer them to the registry.
+"""Loads `_native` and `_native_cuda`, the kernels of csrc, or says why it cannot be.
+The *_native.py files offer them to the registry.
 
 The kernels know no torch: each *_native.py checks device, dtype and layout, allocates, and passes addresses, sizes and strides.
 On a CPU they run on torch's own OpenMP threads, as many as torch.get_num_threads() says, and give the same bits for any number

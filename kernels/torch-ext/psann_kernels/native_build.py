@@ -29,8 +29,8 @@ def write_record(folder: Path, **record: Any) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The build's record: status "built", "failed" or "skipped", reason, source_hash, and how it was built; "cuda" has the same of the
-    CUDA kernels. None: there was no build."""
+    """The build's record: status "built", "failed" or "skipped", reason, source_hash, and how it was built; "cuda" has the same of
+    the CUDA kernels. None: there was no build."""
     try:
         return json.loads((folder / RECORD).read_text())
     except FileNotFoundError:

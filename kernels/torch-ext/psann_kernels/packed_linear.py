@@ -23,7 +23,8 @@ def pack(weight: Tensor) -> Tensor:
     """
     if weight.dim() != 2 or weight.dtype not in WEIGHT_DTYPES:
         raise ValueError(
-            f"pack: weight has shape {tuple(weight.shape)} and dtype {weight.dtype}; pass (N, K) of {', '.join(map(str, WEIGHT_DTYPES))}"
+            f"pack: weight has shape {tuple(weight.shape)} and dtype {weight.dtype}; "
+            f"pass (N, K) of {', '.join(map(str, WEIGHT_DTYPES))}"
         )
     outputs, inputs = weight.shape
     panels = -(-outputs // PANEL)
@@ -49,7 +50,9 @@ def packed_linear(x: Tensor, packed: Tensor, outputs: int, *, scale: Tensor | No
         raise RuntimeError(f"packed_linear: {WHY_NOT}")
     _check(x, packed, outputs, scale, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, packed, scale, bias)):
-        raise ValueError("packed_linear: it has no derivative, but x, packed, scale or bias requires a gradient; use linear, or torch.no_grad()")
+        raise ValueError(
+            "packed_linear: it has no derivative, but x, packed, scale or bias requires a gradient; use linear, or torch.no_grad()"
+        )
     return _packed_linear(x, packed, outputs, scale, bias)
 
 
@@ -81,19 +84,23 @@ _packed_linear = define(
 def _check(x: Tensor, packed: Tensor, outputs: int, scale: Tensor | None, bias: Tensor | None) -> None:
     if x.dtype not in TYPES or x.dim() == 0 or x.device.type != "cpu":
         raise ValueError(
-            f"packed_linear: x has shape {tuple(x.shape)}, {x.dtype} on {x.device}; it must be (..., K), float16, bfloat16 or float32 on a CPU"
+            f"packed_linear: x has shape {tuple(x.shape)}, {x.dtype} on {x.device}; "
+            "it must be (..., K), float16, bfloat16 or float32 on a CPU"
         )
     panels = -(-outputs // PANEL)
     if packed.shape != (panels, x.shape[-1], PANEL) or packed.dtype not in WEIGHT_TYPES or packed.device != x.device:
         raise ValueError(
-            f"packed_linear: packed has shape {tuple(packed.shape)}, {packed.dtype} on {packed.device}; with x {tuple(x.shape)} and {outputs} "
+            f"packed_linear: packed has shape {tuple(packed.shape)}, {packed.dtype} on {packed.device}; "
+            f"with x {tuple(x.shape)} and {outputs} "
             f"outputs it must be ({panels}, {x.shape[-1]}, {PANEL}) on {x.device}, as pack gives it"
         )
     if (scale is None) == (packed.dtype == torch.int8):
         raise ValueError(
-            f"packed_linear: packed is {packed.dtype} and scale is {'missing' if scale is None else 'given'}; an int8 weight has one "
-            f"scale per output, shape ({outputs},), and no other weight has any"
+            f"packed_linear: packed is {packed.dtype} and scale is {'missing' if scale is None else 'given'}; "
+            f"an int8 weight has one scale per output, shape ({outputs},), and no other weight has any"
         )
     for name, t in (("scale", scale), ("bias", bias)):
         if t is not None and (t.shape != (outputs,) or t.dtype != torch.float32 or t.device != x.device):
-            raise ValueError(f"packed_linear: {name} is {t.dtype} {tuple(t.shape)} on {t.device}; pass torch.float32 ({outputs},) on {x.device}")
+            raise ValueError(
+                f"packed_linear: {name} is {t.dtype} {tuple(t.shape)} on {t.device}; pass torch.float32 ({outputs},) on {x.device}"
+            )

@@ -148,9 +148,13 @@ def reference_attention(
     if cos is not None:
         q = rotate(q, cos, sin, positions=position.clamp(min=0), interleaved=interleaved)
     if is_traced:
-        return _attend_rows(q, k_cache, v_cache, block_table[owner], position, softmax_scale, window, alibi_slopes, k_scale, v_scale)
+        return _attend_rows(
+            q, k_cache, v_cache, block_table[owner], position, softmax_scale, window, alibi_slopes, k_scale, v_scale
+        )
     lengths, bounds = seq_lens.tolist(), cu_seqlens_q.tolist()
-    return _attend_sequences(q, k_cache, v_cache, block_table, lengths, bounds, softmax_scale, window, alibi_slopes, k_scale, v_scale)
+    return _attend_sequences(
+        q, k_cache, v_cache, block_table, lengths, bounds, softmax_scale, window, alibi_slopes, k_scale, v_scale
+    )
 
 
 def _worth(x: Tensor, scale: Tensor | None) -> Tensor:

@@ -11,8 +11,8 @@ own number of new tokens, read on the device, and the other launches pass it by.
 What a sequence gets depends on its own tokens alone, bit for bit: where its splits lie follows from its own length, neither
 from who shares the call nor from the width of the table. Lengths are never read on the host, so a CUDA graph can capture this.
 
-A float8 cache comes as uint8 with its scales; keys and values are widened to q's dtype, which holds them exactly, on their way to the
-products, and the scales join the factors of scores and output.
+A float8 cache comes as uint8 with its scales; keys and values are widened to q's dtype, which holds them exactly, on their way to
+the products, and the scales join the factors of scores and output.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def _load_cached(pointers, mask, scale_ptr, dtype: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q_ptr, k_ptr, v_ptr, table_ptr, cos_ptr, sin_ptr, slope_ptr, k_scale_ptr, v_scale_ptr, start, position, token, head, exists, low, high,
-    softmax_scale, window, max_position, q_t, q_h, k_b, k_s, v_b, v_s,
+    q_ptr, k_ptr, v_ptr, table_ptr, cos_ptr, sin_ptr, slope_ptr, k_scale_ptr, v_scale_ptr, start, position, token, head, exists,
+    low, high, softmax_scale, window, max_position, q_t, q_h, k_b, k_s, v_b, v_s,
     BLOCK_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -197,8 +197,8 @@ def _split_kernel(
         token, head, position, exists, _, last = _rows_of_tile(tile, new, length, GROUP, BLOCK_M)
         head += kv * GROUP
         o, lse = _attend(
-            q_ptr, k_ptr + kv * k_h, v_ptr + kv * v_h, table_ptr + b * table_b, cos_ptr, sin_ptr, slope_ptr, k_scale_ptr, v_scale_ptr,
-            start, position, token, head, exists, low, tl.minimum(high, last + 1),
+            q_ptr, k_ptr + kv * k_h, v_ptr + kv * v_h, table_ptr + b * table_b, cos_ptr, sin_ptr, slope_ptr, k_scale_ptr,
+            v_scale_ptr, start, position, token, head, exists, low, tl.minimum(high, last + 1),
             softmax_scale, window, max_position, q_t, q_h, k_b, k_s, v_b, v_s,
             BLOCK_SIZE, D, BLOCK_D, ROTARY, BLOCK_M, BLOCK_N,
         )  # fmt: skip
@@ -500,6 +500,6 @@ def _serve_attention(
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     window = UNBOUNDED if window is None else min(window, UNBOUNDED)
     return paged_attention_triton(
-        q, _bits(k_cache), _bits(v_cache), block_table, seq_lens, cu_seqlens_q, cos, sin, interleaved, softmax_scale, window, alibi_slopes,
-        k_scale, v_scale,
+        q, _bits(k_cache), _bits(v_cache), block_table, seq_lens, cu_seqlens_q, cos, sin, interleaved, softmax_scale, window,
+        alibi_slopes, k_scale, v_scale,
     )  # fmt: skip

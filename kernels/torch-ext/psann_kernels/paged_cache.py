@@ -46,8 +46,8 @@ class PagedKVCache:
     num_kv_heads, head_dim   Hkv and D
     num_layers               attention layers that share the block tables, each with keys and values of its own
     dtype, device            of keys and values; torch.float8_e4m3fn takes half the memory of half precision
-    k_scale, v_scale         of a float8 cache: what 1 in it is worth, a number or float32 that broadcasts to (num_layers, Hkv), above 0;
-                             default 1, at which magnitudes up to 448 fit, and keep four digits (binary) down to 1/64
+    k_scale, v_scale         of a float8 cache: what 1 in it is worth, a number or float32 that broadcasts to (num_layers, Hkv),
+                             above 0; default 1, at which magnitudes up to 448 fit, and keep four digits (binary) down to 1/64
 
     Every layer of a model takes the same step: `step = cache.extend(["a", "b"], [5, 3])`, then `attention(x, step=step, layer=i)`.
     A sequence begins when it is first named and ends with `free`. Nothing is ever moved or evicted.
@@ -94,7 +94,9 @@ class PagedKVCache:
         shape = (cache.shape[0], cache.shape[3])
         given = torch.as_tensor(1.0 if scale is None else scale, dtype=torch.float32, device=cache.device)
         if given.dim() > 2 or any(have not in (1, want) for have, want in zip(given.shape[::-1], shape[::-1])):
-            raise ValueError(f"PagedKVCache: {name} has shape {tuple(given.shape)}; it must broadcast to (num_layers, Hkv), {shape}")
+            raise ValueError(
+                f"PagedKVCache: {name} has shape {tuple(given.shape)}; it must broadcast to (num_layers, Hkv), {shape}"
+            )
         if not bool(((given > 0) & given.isfinite()).all()):
             raise ValueError(f"PagedKVCache: {name} is {given.tolist()}; a scale is finite and above 0")
         return given.expand(shape).contiguous()

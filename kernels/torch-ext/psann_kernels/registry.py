@@ -71,7 +71,8 @@ class Op:
         return backend in self.implementations or backend in self.unavailable
 
     def blame(self, backend: str, device: torch.device, reason: str | None) -> None:
-        """Make `backend` refuse every suspect call on `device` with that reason, or, with None, no longer. What self_test found says so."""
+        """Make `backend` refuse every suspect call on `device` with that reason, or, with None, no longer.
+        What self_test found says so."""
         if reason is None:
             self._faults.pop((backend, device), None)
         else:
@@ -84,7 +85,11 @@ class Op:
     def refusal(self, backend: str, *args: Any, **kwargs: Any) -> str | None:
         """Why `backend` cannot serve this call, or None if it can."""
         if backend in self.implementations:
-            if self._faults and (reason := self._faults.get((backend, args[0].device))) is not None and self._is_suspect(*args, **kwargs):
+            if (
+                self._faults
+                and (reason := self._faults.get((backend, args[0].device))) is not None
+                and self._is_suspect(*args, **kwargs)
+            ):
                 return reason
             return self.implementations[backend].refuses(*args, **kwargs)
         return self.unavailable.get(backend, f"{backend} does not implement {self.name}")

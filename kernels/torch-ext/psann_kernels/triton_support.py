@@ -45,9 +45,9 @@ class Configuration:
     targets: tuple[str, ...] | None = None
 
 
-# frequency / 2 pi is kept as two float32, so that the product with z is never rounded (KERNELS: "reduce in turns"). The high part is
-# the float32 below the nearest one: then the low part has the sign of the frequency whatever the product's rounding, and z = -0.0
-# gives -0.0, where parts of opposite signs would add to +0.0.
+# frequency / 2 pi is kept as two float32, so that the product with z is never rounded (KERNELS: "reduce in turns"). The high part
+# is the float32 below the nearest one: then the low part has the sign of the frequency whatever the product's rounding, and
+# z = -0.0 gives -0.0, where parts of opposite signs would add to +0.0.
 _TURNS_HIGH = tl.constexpr(0.15915492177009583)
 _TURNS_LOW = tl.constexpr(2.1321799437146183e-08)  # 1 / 2 pi - _TURNS_HIGH
 _ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23

@@ -102,7 +102,7 @@ def refuses(x: Tensor, weight: Tensor, *parameters: Tensor, **options: Any) -> s
 
 @OP.offer("native", refuses)
 def _serve(
-    x: Tensor, weight: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, *, bias: Tensor | None = None, dilation: int = 1,
-    cu_seqlens: Tensor | None = None, state: Tensor | None = None, mode: str = "abs",
+    x: Tensor, weight: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, *, bias: Tensor | None = None,
+    dilation: int = 1, cu_seqlens: Tensor | None = None, state: Tensor | None = None, mode: str = "abs",
 ) -> Tensor:  # fmt: skip
     return _call(x, weight, bias, amplitude, frequency, damping, cu_seqlens, state, dilation, mode)

@@ -199,7 +199,9 @@ def _backward_kernel(
             for j in tl.static_range(K):
                 convolved = tl.fma(weights[j], taps[j], convolved)
 
-            dc, ps, pc, g = gradients_of_sine(dy, convolved, high, low, damping, amplitude * frequency, amplitude * damping, MODE, dtype)
+            dc, ps, pc, g = gradients_of_sine(
+                dy, convolved, high, low, damping, amplitude * frequency, amplitude * damping, MODE, dtype
+            )
             dc = tl.where(token < end, dc, 0.0)
 
             # The tokens after the last are another walk's to count.
