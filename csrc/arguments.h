@@ -18,24 +18,27 @@ inline DampedSineForward damped_sine_forward(uintptr_t z, uintptr_t amplitude, u
             static_cast<Type>(type), mode, 0};
 }
 
-inline DampedSineBackward damped_sine_backward(uintptr_t z, uintptr_t dy, uintptr_t amplitude, uintptr_t frequency, uintptr_t damping,
-                                               uintptr_t dz, uintptr_t damplitude, uintptr_t dfrequency, uintptr_t ddamping, int64_t rows,
-                                               int64_t features, int64_t z_stride, int64_t dy_stride, int type, int mode) {
-    return {at<void>(z), at<void>(dy), at<float>(amplitude), at<float>(frequency), at<float>(damping), at<void>(dz), at<float>(damplitude),
-            at<float>(dfrequency), at<float>(ddamping), rows, features, z_stride, dy_stride, static_cast<Type>(type), mode, 0};
+inline DampedSineBackward damped_sine_backward(uintptr_t z, uintptr_t dy, uintptr_t amplitude, uintptr_t frequency,
+                                               uintptr_t damping, uintptr_t dz, uintptr_t damplitude, uintptr_t dfrequency,
+                                               uintptr_t ddamping, int64_t rows, int64_t features, int64_t z_stride,
+                                               int64_t dy_stride, int type, int mode) {
+    return {at<void>(z), at<void>(dy), at<float>(amplitude), at<float>(frequency), at<float>(damping), at<void>(dz),
+            at<float>(damplitude), at<float>(dfrequency), at<float>(ddamping), rows, features, z_stride, dy_stride,
+            static_cast<Type>(type), mode, 0};
 }
 
 inline RmsNormForward rms_norm_forward(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t y, uintptr_t h, int64_t rows,
-                                       int64_t features, int64_t x_stride, int64_t residual_stride, float eps, int type, int weight_type) {
-    return {at<void>(x), at<void>(residual), at<void>(weight), at<void>(y), at<void>(h), rows, features, x_stride, residual_stride, eps,
-            static_cast<Type>(type), static_cast<Type>(weight_type), 0};
+                                       int64_t features, int64_t x_stride, int64_t residual_stride, float eps, int type,
+                                       int weight_type) {
+    return {at<void>(x), at<void>(residual), at<void>(weight), at<void>(y), at<void>(h), rows, features, x_stride, residual_stride,
+            eps, static_cast<Type>(type), static_cast<Type>(weight_type), 0};
 }
 
-inline RmsNormBackward rms_norm_backward(uintptr_t h, uintptr_t dy, uintptr_t dh_in, uintptr_t weight, uintptr_t dh, uintptr_t dweight,
-                                         int64_t rows, int64_t features, int64_t h_stride, int64_t dy_stride, int64_t dh_in_stride,
-                                         float eps, int type, int weight_type) {
-    return {at<void>(h), at<void>(dy), at<void>(dh_in), at<void>(weight), at<void>(dh), at<float>(dweight), rows, features, h_stride,
-            dy_stride, dh_in_stride, eps, static_cast<Type>(type), static_cast<Type>(weight_type), 0};
+inline RmsNormBackward rms_norm_backward(uintptr_t h, uintptr_t dy, uintptr_t dh_in, uintptr_t weight, uintptr_t dh,
+                                         uintptr_t dweight, int64_t rows, int64_t features, int64_t h_stride, int64_t dy_stride,
+                                         int64_t dh_in_stride, float eps, int type, int weight_type) {
+    return {at<void>(h), at<void>(dy), at<void>(dh_in), at<void>(weight), at<void>(dh), at<float>(dweight), rows, features,
+            h_stride, dy_stride, dh_in_stride, eps, static_cast<Type>(type), static_cast<Type>(weight_type), 0};
 }
 
 // WaveConv's members in order. No class is bound: a module may be loaded under two names, and a type is registered once.
@@ -50,21 +53,22 @@ inline WaveConv wave_conv(const WaveConvNumbers& n) {
 
 inline WaveConvForward wave_conv_forward(const WaveConvNumbers& conv, uintptr_t y) { return {wave_conv(conv), at<void>(y), 0}; }
 
-inline WaveConvBackward wave_conv_backward(const WaveConvNumbers& conv, uintptr_t dy, uintptr_t dx, uintptr_t dweight, uintptr_t dbias,
-                                           uintptr_t damplitude, uintptr_t dfrequency, uintptr_t ddamping, int64_t dy_stride) {
-    return {wave_conv(conv), at<void>(dy), at<void>(dx), at<float>(dweight), at<float>(dbias), at<float>(damplitude), at<float>(dfrequency),
-            at<float>(ddamping), dy_stride, 0};
+inline WaveConvBackward wave_conv_backward(const WaveConvNumbers& conv, uintptr_t dy, uintptr_t dx, uintptr_t dweight,
+                                           uintptr_t dbias, uintptr_t damplitude, uintptr_t dfrequency, uintptr_t ddamping,
+                                           int64_t dy_stride) {
+    return {wave_conv(conv), at<void>(dy), at<void>(dx), at<float>(dweight), at<float>(dbias), at<float>(damplitude),
+            at<float>(dfrequency), at<float>(ddamping), dy_stride, 0};
 }
 
 using Strides = std::array<int64_t, 3>;
 
 inline Cache cache(uintptr_t data, const Strides& strides) { return {at<void>(data), strides[0], strides[1], strides[2]}; }
 
-inline PagedAppend paged_append(uintptr_t k, uintptr_t v, uintptr_t k_cache, Strides k_strides, uintptr_t v_cache, Strides v_strides,
-                                uintptr_t slot_mapping, uintptr_t positions, uintptr_t cos, uintptr_t sin, bool interleaved,
-                                int64_t tokens, int64_t heads, int64_t head_dim, int64_t block_size, int64_t num_blocks,
-                                int64_t max_position, int64_t k_stride, int64_t k_head_stride, int64_t v_stride, int64_t v_head_stride,
-                                int type) {
+inline PagedAppend paged_append(uintptr_t k, uintptr_t v, uintptr_t k_cache, Strides k_strides, uintptr_t v_cache,
+                                Strides v_strides, uintptr_t slot_mapping, uintptr_t positions, uintptr_t cos, uintptr_t sin,
+                                bool interleaved, int64_t tokens, int64_t heads, int64_t head_dim, int64_t block_size,
+                                int64_t num_blocks, int64_t max_position, int64_t k_stride, int64_t k_head_stride, int64_t v_stride,
+                                int64_t v_head_stride, int type) {
     return {at<void>(k), at<void>(v), cache(k_cache, k_strides), cache(v_cache, v_strides), at<int64_t>(slot_mapping),
             at<int64_t>(positions), {at<float>(cos), at<float>(sin), interleaved}, tokens, heads, head_dim, block_size, k_stride,
             k_head_stride, v_stride, v_head_stride, static_cast<Type>(type), 0, num_blocks, max_position};
@@ -84,12 +88,12 @@ inline PagedAttention paged_attention(uintptr_t q, uintptr_t k_cache, Strides k_
 
 inline Linear linear(uintptr_t x, uintptr_t weight, uintptr_t scale, uintptr_t bias, uintptr_t y, int64_t rows, int64_t inputs,
                      int64_t outputs, int64_t x_stride, int64_t weight_stride, int type, int weight_type) {
-    return {at<void>(x), at<void>(weight), at<float>(scale), at<float>(bias), at<void>(y), rows, inputs, outputs, x_stride, weight_stride,
-            static_cast<Type>(type), static_cast<Type>(weight_type), 0};
+    return {at<void>(x), at<void>(weight), at<float>(scale), at<float>(bias), at<void>(y), rows, inputs, outputs, x_stride,
+            weight_stride, static_cast<Type>(type), static_cast<Type>(weight_type), 0};
 }
 
-inline PackedLinear packed_linear(uintptr_t x, uintptr_t weight, uintptr_t scale, uintptr_t bias, uintptr_t y, int64_t rows, int64_t inputs,
-                                  int64_t outputs, int64_t x_stride, int type, int weight_type) {
+inline PackedLinear packed_linear(uintptr_t x, uintptr_t weight, uintptr_t scale, uintptr_t bias, uintptr_t y, int64_t rows,
+                                  int64_t inputs, int64_t outputs, int64_t x_stride, int type, int weight_type) {
     return {at<void>(x), at<void>(weight), at<float>(scale), at<float>(bias), at<void>(y), rows, inputs, outputs, x_stride,
             static_cast<Type>(type), static_cast<Type>(weight_type), 0};
 }

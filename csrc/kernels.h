@@ -125,7 +125,8 @@ struct Linear {
     int threads;
 };
 
-// The same with the weight packed as (outputs / PACKED_LINEAR_PANEL rounded up, inputs, PACKED_LINEAR_PANEL), zeros past the last output.
+// The same with the weight packed as (outputs / PACKED_LINEAR_PANEL rounded up, inputs, PACKED_LINEAR_PANEL),
+// zeros past the last output.
 constexpr int PACKED_LINEAR_PANEL = 16;
 struct PackedLinear {
     const void *x, *weight;

@@ -10,7 +10,8 @@ void free_bytes(void*);
 struct Workspace {
     // Inlined always: a copy of its own, compiled for AVX-512, could be the one that the linker keeps for every instruction set.
     float* data;
-    __attribute__((always_inline)) explicit Workspace(int64_t floats) : data(static_cast<float*>(allocate_bytes(sizeof(float) * static_cast<size_t>(floats)))) {}
+    __attribute__((always_inline)) explicit Workspace(int64_t floats)
+        : data(static_cast<float*>(allocate_bytes(sizeof(float) * static_cast<size_t>(floats)))) {}
     __attribute__((always_inline)) ~Workspace() { free_bytes(data); }
     Workspace(const Workspace&) = delete;
     Workspace& operator=(const Workspace&) = delete;

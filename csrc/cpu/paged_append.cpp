@@ -19,7 +19,8 @@ template <class T> INLINE void store_rounded(T* to, const float* from, int64_t c
 
 template <class T> static void append(const PagedAppend& a) {
     int64_t piece_tokens = 8;
-    parallel(a.tokens * a.heads * a.head_dim < GRAIN ? 1 : a.threads, (a.tokens + piece_tokens - 1) / piece_tokens, [&](int64_t piece) {
+    int threads = a.tokens * a.heads * a.head_dim < GRAIN ? 1 : a.threads;
+    parallel(threads, (a.tokens + piece_tokens - 1) / piece_tokens, [&](int64_t piece) {
         Workspace turned(a.head_dim);
         int64_t end = (piece + 1) * piece_tokens < a.tokens ? (piece + 1) * piece_tokens : a.tokens;
         for (int64_t t = piece * piece_tokens; t < end; t++) {
@@ -29,8 +30,10 @@ template <class T> static void append(const PagedAppend& a) {
             for (int64_t h = 0; h < a.heads; h++) {
                 const T* k = static_cast<const T*>(a.k) + t * a.k_stride + h * a.k_head_stride;
                 const T* v = static_cast<const T*>(a.v) + t * a.v_stride + h * a.v_head_stride;
-                T* k_slot = static_cast<T*>(a.k_cache.data) + block * a.k_cache.block_stride + offset * a.k_cache.slot_stride + h * a.k_cache.head_stride;
-                T* v_slot = static_cast<T*>(a.v_cache.data) + block * a.v_cache.block_stride + offset * a.v_cache.slot_stride + h * a.v_cache.head_stride;
+                T* k_slot = static_cast<T*>(a.k_cache.data) + block * a.k_cache.block_stride + offset * a.k_cache.slot_stride +
+                    h * a.k_cache.head_stride;
+                T* v_slot = static_cast<T*>(a.v_cache.data) + block * a.v_cache.block_stride + offset * a.v_cache.slot_stride +
+                    h * a.v_cache.head_stride;
                 if (a.rotary.cos != nullptr) {
                     rotate(a.rotary, a.positions[t], a.head_dim, k, turned.data, 1.0f);
                     store_rounded(k_slot, turned.data, a.head_dim);

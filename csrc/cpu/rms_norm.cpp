@@ -20,7 +20,8 @@ constexpr int64_t GRAIN = 1 << 14;  // elements below which one thread is faster
 static const float* as_floats(const void* p, Type type, int64_t count, Workspace& converted) {
     if (type == Type::FLOAT32) return static_cast<const float*>(p);
     for (int64_t i = 0; i < count; i++)
-        converted.data[i] = type == Type::BFLOAT16 ? scalar(static_cast<const bf16*>(p)[i]) : scalar(static_cast<const fp16*>(p)[i]);
+        converted.data[i] =
+            type == Type::BFLOAT16 ? scalar(static_cast<const bf16*>(p)[i]) : scalar(static_cast<const fp16*>(p)[i]);
     return converted.data;
 }
 

@@ -99,8 +99,8 @@ constexpr Lanes in_every_lane(float x) {
     return lanes;
 }
 
-// a * b + c, c read by the very instruction that adds it: AVX2 has too few registers for a polynomial's coefficients, and gcc would spend
-// an instruction on loading each.
+// a * b + c, c read by the very instruction that adds it: AVX2 has too few registers for a polynomial's coefficients, and gcc would
+// spend an instruction on loading each.
 INLINE Float fma(Float a, Float b, const Lanes& c) {
 #if defined(PSANN_AVX2)
     asm("vfmadd213ps %2, %1, %0" : "+x"(a) : "x"(b), "m"(c));
@@ -144,8 +144,10 @@ INLINE float sum(Float x) {
 // The sums of four vectors, each added up as `sum` does.
 INLINE void sum_each(const Float (&x)[4], float* out) {
 #if defined(PSANN_AVX2)
-    __m256 a = _mm256_add_ps(_mm256_permute2f128_ps((__m256)x[0], (__m256)x[1], 0x20), _mm256_permute2f128_ps((__m256)x[0], (__m256)x[1], 0x31));
-    __m256 b = _mm256_add_ps(_mm256_permute2f128_ps((__m256)x[2], (__m256)x[3], 0x20), _mm256_permute2f128_ps((__m256)x[2], (__m256)x[3], 0x31));
+    __m256 a = _mm256_add_ps(_mm256_permute2f128_ps((__m256)x[0], (__m256)x[1], 0x20),
+        _mm256_permute2f128_ps((__m256)x[0], (__m256)x[1], 0x31));
+    __m256 b = _mm256_add_ps(_mm256_permute2f128_ps((__m256)x[2], (__m256)x[3], 0x20),
+        _mm256_permute2f128_ps((__m256)x[2], (__m256)x[3], 0x31));
     __m256 c = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
     c = _mm256_add_ps(c, _mm256_movehdup_ps(c));  // lanes 0 and 2: x[0], x[2]; 4 and 6: x[1], x[3]
     _mm_storeu_ps(out, _mm_blend_ps(_mm256_castps256_ps128(c), _mm_moveldup_ps(_mm256_extractf128_ps(c, 1)), 0xa));
@@ -287,7 +289,10 @@ INLINE void straighten_pair(Float (&pair)[2], const bf16*) {
     pair[1] = (Float)_mm256_permute2f128_ps(low, high, 0x31);
 #else
     Float even = pair[0], odd = pair[1];
-    for (int i = 0; i < WIDTH; i++) pair[i / (WIDTH / 2)][i % (WIDTH / 2) * 2] = even[i], pair[i / (WIDTH / 2)][i % (WIDTH / 2) * 2 + 1] = odd[i];
+    for (int i = 0; i < WIDTH; i++) {
+        pair[i / (WIDTH / 2)][i % (WIDTH / 2) * 2] = even[i];
+        pair[i / (WIDTH / 2)][i % (WIDTH / 2) * 2 + 1] = odd[i];
+    }
 #endif
 }
 template <class T> INLINE int64_t place(int64_t k, const T*) { return k; }

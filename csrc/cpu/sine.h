@@ -18,7 +18,8 @@ constexpr float LOG2_E = 1.44269504f;
 constexpr float ROUNDER = 0x1.8p23f;
 // Up to it z * low, which r takes on top of its half, stays below 1/16; beyond, r would leave what the polynomials serve.
 constexpr float TURNS_LIMIT = 0x1p16f;
-// Within it 2^x is a normal number; and where a negative damping makes it grow, so is its product with an amplitude below 2^GROWTH_LIMIT.
+// Within it 2^x is a normal number; and where a negative damping makes it grow, so is its product with an amplitude below
+// 2^GROWTH_LIMIT.
 constexpr float EXPONENT_LIMIT = 125.0f, GROWTH_LIMIT = 60.0f;
 
 // Coefficients, the highest first.
@@ -41,9 +42,12 @@ template <int R, int N> INLINE void horner(const Polynomial<N>& p, const Float (
 // All found by iterated weighted least squares in double: least maximal relative (sine 5e-9, exponential 9e-8) and absolute
 // error (cosine 3e-10) before the coefficients were rounded to float. A sixth power in the exponential would give 2e-9 and take a
 // tenth longer; what a float's roundings cost hides the difference.
-constexpr auto SINE = polynomial({0.07756035774946213f, -0.5982421040534973f, 2.550069808959961f, -5.167709827423096f, 3.1415927410125732f});
-constexpr auto COSINE = polynomial({-0.02442069910466671f, 0.23495392501354218f, -1.3352160453796387f, 4.058709621429443f, -4.934802055358887f, 1.0f});
-constexpr auto EXP2 = polynomial({0.0013264726899145443f, 0.009671512660597806f, 0.055507337442440435f, 0.24022242084918516f, 0.6931469775984714f, 1.0f});
+constexpr auto SINE = polynomial({0.07756035774946213f, -0.5982421040534973f, 2.550069808959961f, -5.167709827423096f,
+    3.1415927410125732f});
+constexpr auto COSINE = polynomial({-0.02442069910466671f, 0.23495392501354218f, -1.3352160453796387f, 4.058709621429443f,
+    -4.934802055358887f, 1.0f});
+constexpr auto EXP2 = polynomial({0.0013264726899145443f, 0.009671512660597806f, 0.055507337442440435f, 0.24022242084918516f,
+    0.6931469775984714f, 1.0f});
 
 // frequency * z in half turns less the nearest whole number n: r in [-1/2, 1/2]; flip is the sign bit, set where n is odd.
 template <int R> INLINE void reduce(const Float (&z)[R], Float high, Float low, Float (&r)[R], Int (&flip)[R]) {
@@ -106,9 +110,10 @@ INLINE Float exp2_product_any(Float g, Float exponent) {
     return p[0] * scale * rest;
 }
 
-// factor * 2^(g * exponent) * sin(frequency * z), to the bit what exp2_product, reduce and sine give, for what exp2_product serves. Both
-// polynomials go side by side; the exponential takes the sine's sign, so that fewer numbers wait for them in registers.
-template <int R> INLINE void damped(const Float (&z)[R], const Float (&g)[R], Float high, Float low, Float exponent, Float factor, Float (&out)[R]) {
+// factor * 2^(g * exponent) * sin(frequency * z), to the bit what exp2_product, reduce and sine give, for what exp2_product serves.
+// Both polynomials go side by side; the exponential takes the sine's sign, so that fewer numbers wait for them in registers.
+template <int R>
+INLINE void damped(const Float (&z)[R], const Float (&g)[R], Float high, Float low, Float exponent, Float factor, Float (&out)[R]) {
     Float n[R], m[R], r[R], f[R], u[R], p[R], e[R];
     Uint scale[R];
     EACH(R) n[i] = fma(z[i], high, all(ROUNDER)), m[i] = fma(g[i], exponent, all(ROUNDER));
@@ -157,7 +162,8 @@ template <int TILE> struct Features {
             Float steep = wide_a * wide_f, slope = -wide_a * wide_d;
             Float turns = TURNS_LIMIT / abs(h), exponents = (e <= 0 ? all(EXPONENT_LIMIT) : all(GROWTH_LIMIT)) / abs(e);
             // Parameters whose products overflow, or are NaN, are left to double.
-            Int is_tame = (abs(steep) < INFINITY) & (abs(slope) < INFINITY) & (abs(wide_a) < (e <= 0 ? all(INFINITY) : all(0x1p60f)));
+            Int is_tame = (abs(steep) < INFINITY) & (abs(slope) < INFINITY) &
+                (abs(wide_a) < (e <= 0 ? all(INFINITY) : all(0x1p60f)));
             store(amplitude + i, wide_a);
             store(frequency + i, wide_f);
             store(damping + i, wide_d);

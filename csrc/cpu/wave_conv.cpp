@@ -57,7 +57,8 @@ struct Taps {
 };
 
 // Where token t's taps stand, oldest first.
-template <class T> INLINE void find_taps(const WaveConv& a, const Documents& d, const Taps& taps, int64_t t, int64_t column, const T** from) {
+template <class T>
+INLINE void find_taps(const WaveConv& a, const Documents& d, const Taps& taps, int64_t t, int64_t column, const T** from) {
     int64_t length = (a.taps - 1) * a.dilation;
     for (int j = 0; j < a.taps; j++) {
         int64_t source = t - (a.taps - 1 - j) * a.dilation;
@@ -72,7 +73,8 @@ template <class T> INLINE void find_taps(const WaveConv& a, const Documents& d, 
 
 template <class T> INLINE Float convolve(const Taps& taps, int count, const T* const* from, int64_t c, int64_t lanes) {
     Float z = load(taps.bias + c);
-    for (int j = 0; j < count; j++) z = fma(load(taps.weight[j] + c), lanes == WIDTH ? load(from[j] + c) : load(from[j] + c, lanes), z);
+    for (int j = 0; j < count; j++)
+        z = fma(load(taps.weight[j] + c), lanes == WIDTH ? load(from[j] + c) : load(from[j] + c, lanes), z);
     return z;
 }
 
@@ -82,7 +84,8 @@ template <class T, int MODE> static void forward(const WaveConvForward& f) {
     Workspace memory(4 * a.tokens);
     Documents documents = find_documents(a, reinterpret_cast<int64_t*>(memory.data));
     int64_t piece_tokens = 32, tiles = (a.features + TILE - 1) / TILE;
-    parallel(a.tokens * a.features < GRAIN ? 1 : f.threads, (a.tokens + piece_tokens - 1) / piece_tokens * tiles, [&](int64_t piece) {
+    int threads = a.tokens * a.features < GRAIN ? 1 : f.threads;
+    parallel(threads, (a.tokens + piece_tokens - 1) / piece_tokens * tiles, [&](int64_t piece) {
         int64_t column = piece % tiles * TILE, columns = a.features - column < TILE ? a.features - column : TILE;
         int64_t begin = piece / tiles * piece_tokens, end = begin + piece_tokens < a.tokens ? begin + piece_tokens : a.tokens;
         Taps taps;
@@ -202,7 +205,8 @@ template <class T, int MODE> static void backward(const WaveConvBackward& b) {
             for (int64_t c = 0; c < columns; c += WIDTH) {
                 int64_t lanes = columns - c < WIDTH ? columns - c : WIDTH;
                 Float d = {};
-                for (int j = 0; j < count; j++) d = fma(load(weights[j] + c), lanes == WIDTH ? load(from[j] + c) : load(from[j] + c, lanes), d);
+                for (int j = 0; j < count; j++)
+                    d = fma(load(weights[j] + c), lanes == WIDTH ? load(from[j] + c) : load(from[j] + c, lanes), d);
                 T* p = dx + t * a.features + column + c;
                 lanes == WIDTH ? store(p, d) : store(p, d, lanes);
             }

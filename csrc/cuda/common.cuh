@@ -52,7 +52,8 @@ __device__ inline float reduce(float z, const Feature& f, uint32_t& flip) {
     float n = rintf(z * f.high) + 0.0f;  // 0 where it was -0: subtracted, that would take z = -0 its sign
     float r = fmaf(z, f.low, fmaf(z, f.high, -n));
     bool odd = is_odd(n);
-    // n is as coarse as high, so for large phases the rest is whole half turns too. A small rest stays as it is, with its zero's sign.
+    // n is as coarse as high, so for large phases the rest is whole half turns too.
+    // A small rest stays as it is, with its zero's sign.
     if (fabsf(r) > 0.5f) {
         float m = rintf(r);
         r -= m;

@@ -12,7 +12,8 @@ constexpr int COLUMNS = 32, ROW_LANES = THREADS / COLUMNS;
 constexpr int64_t MAX_PARTIALS = 256;
 
 template <class T, int MODE, int N>
-__global__ void __launch_bounds__(THREADS) forward(const T* z, const float* amplitude, const float* frequency, const float* damping, T* y, int64_t rows, int64_t features, int64_t z_stride) {
+__global__ void __launch_bounds__(THREADS) forward(const T* z, const float* amplitude, const float* frequency, const float* damping,
+                                                   T* y, int64_t rows, int64_t features, int64_t z_stride) {
     int64_t column = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * N;
     if (column >= features) return;
     Feature f[N];
@@ -25,7 +26,9 @@ __global__ void __launch_bounds__(THREADS) forward(const T* z, const float* ampl
 }
 
 template <class T, int MODE>
-__global__ void __launch_bounds__(THREADS) backward(const T* z, const T* dy, const float* amplitude, const float* frequency, const float* damping, T* dz, float* partial, int64_t rows, int64_t features, int64_t z_stride, int64_t dy_stride, int64_t run) {
+__global__ void __launch_bounds__(THREADS) backward(const T* z, const T* dy, const float* amplitude, const float* frequency,
+                                                    const float* damping, T* dz, float* partial, int64_t rows, int64_t features,
+                                                    int64_t z_stride, int64_t dy_stride, int64_t run) {
     __shared__ float sums[3][ROW_LANES][COLUMNS];
     int lane = threadIdx.x % COLUMNS, row_lane = threadIdx.x / COLUMNS;
     int64_t column = static_cast<int64_t>(blockIdx.x) * COLUMNS + lane;
@@ -47,7 +50,8 @@ __global__ void __launch_bounds__(THREADS) backward(const T* z, const T* dy, con
     partial[(static_cast<int64_t>(blockIdx.y) * 3 + row_lane) * features + column] = total;
 }
 
-__global__ void __launch_bounds__(THREADS) finish(const float* partial, const float* amplitude, float* da, float* df, float* dd, int64_t partials, int64_t features) {
+__global__ void __launch_bounds__(THREADS) finish(const float* partial, const float* amplitude, float* da, float* df, float* dd,
+                                                  int64_t partials, int64_t features) {
     int64_t column = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
     if (column >= features) return;
     float sums[3] = {};
@@ -69,23 +73,32 @@ template <class T, int MODE> void launch_forward(const DampedSineForward& a, cud
     dim3 grid(static_cast<unsigned>(columns), static_cast<unsigned>(min(a.rows, max(int64_t{1}, 4096 / columns))));
     const T* z = static_cast<const T*>(a.z);
     T* y = static_cast<T*>(a.y);
-    if (wide) forward<T, MODE, N><<<grid, THREADS, 0, stream>>>(z, a.amplitude, a.frequency, a.damping, y, a.rows, a.features, a.z_stride);
-    else forward<T, MODE, 1><<<grid, THREADS, 0, stream>>>(z, a.amplitude, a.frequency, a.damping, y, a.rows, a.features, a.z_stride);
+    if (wide)
+        forward<T, MODE, N><<<grid, THREADS, 0, stream>>>(z, a.amplitude, a.frequency, a.damping, y, a.rows, a.features,
+            a.z_stride);
+    else
+        forward<T, MODE, 1><<<grid, THREADS, 0, stream>>>(z, a.amplitude, a.frequency, a.damping, y, a.rows, a.features,
+            a.z_stride);
 }
 
 template <class T> void forward_of(const DampedSineForward& a, cudaStream_t stream) {
-    a.mode == ABS ? launch_forward<T, ABS>(a, stream) : a.mode == RELU ? launch_forward<T, RELU>(a, stream) : launch_forward<T, NONE>(a, stream);
+    a.mode == ABS ? launch_forward<T, ABS>(a, stream) : a.mode == RELU ? launch_forward<T, RELU>(a, stream) :
+        launch_forward<T, NONE>(a, stream);
 }
 
 template <class T, int MODE> void launch_backward(const DampedSineBackward& a, float* partial, cudaStream_t stream) {
     int64_t partials = damped_sine_partials(a.rows);
     dim3 grid(static_cast<unsigned>(ceil_div(a.features, COLUMNS)), static_cast<unsigned>(partials));
-    backward<T, MODE><<<grid, THREADS, 0, stream>>>(static_cast<const T*>(a.z), static_cast<const T*>(a.dy), a.amplitude, a.frequency, a.damping, static_cast<T*>(a.dz), partial, a.rows, a.features, a.z_stride, a.dy_stride, ceil_div(a.rows, partials));
-    finish<<<static_cast<unsigned>(ceil_div(a.features, THREADS)), THREADS, 0, stream>>>(partial, a.amplitude, a.damplitude, a.dfrequency, a.ddamping, partials, a.features);
+    backward<T, MODE><<<grid, THREADS, 0, stream>>>(static_cast<const T*>(a.z), static_cast<const T*>(a.dy), a.amplitude,
+        a.frequency, a.damping, static_cast<T*>(a.dz), partial, a.rows, a.features, a.z_stride, a.dy_stride,
+        ceil_div(a.rows, partials));
+    finish<<<static_cast<unsigned>(ceil_div(a.features, THREADS)), THREADS, 0, stream>>>(partial, a.amplitude, a.damplitude,
+        a.dfrequency, a.ddamping, partials, a.features);
 }
 
 template <class T> void backward_of(const DampedSineBackward& a, float* partial, cudaStream_t stream) {
-    a.mode == ABS ? launch_backward<T, ABS>(a, partial, stream) : a.mode == RELU ? launch_backward<T, RELU>(a, partial, stream) : launch_backward<T, NONE>(a, partial, stream);
+    a.mode == ABS ? launch_backward<T, ABS>(a, partial, stream) : a.mode == RELU ? launch_backward<T, RELU>(a, partial, stream) :
+        launch_backward<T, NONE>(a, partial, stream);
 }
 
 }  // namespace
@@ -94,6 +107,8 @@ int64_t damped_sine_partials(int64_t rows) { return min(ceil_div(rows, 4 * ROW_L
 
 void damped_sine_forward(const DampedSineForward& a, cudaStream_t stream) { PSANN_FOR_TYPE(a.type, forward_of, a, stream) }
 
-void damped_sine_backward(const DampedSineBackward& a, float* partial, cudaStream_t stream) { PSANN_FOR_TYPE(a.type, backward_of, a, partial, stream) }
+void damped_sine_backward(const DampedSineBackward& a, float* partial, cudaStream_t stream) {
+    PSANN_FOR_TYPE(a.type, backward_of, a, partial, stream)
+}
 
 }  // namespace cuda

@@ -41,7 +41,8 @@ template <class T> __global__ void __launch_bounds__(THREADS) append(PagedAppend
     }
 }
 
-template <class T> void launch(const PagedAppend& a, cudaStream_t stream) { append<T><<<static_cast<unsigned>(a.tokens), THREADS, 0, stream>>>(a); }
+template <class T>
+void launch(const PagedAppend& a, cudaStream_t stream) { append<T><<<static_cast<unsigned>(a.tokens), THREADS, 0, stream>>>(a); }
 
 }  // namespace
 

@@ -1,8 +1,8 @@
-// Attention of few new tokens of each sequence over its blocks, on a GPU. One block of threads per (sequence, key/value head, split of
-// its keys): all queries that share the head share what it reads, one row after the other, which is why many new tokens are another
-// backend's. Each warp takes every WARPS-th key of the split and keeps its own online softmax for one query row at a time; the block
-// merges its warps in order, leaves (largest, sum, output) in `partial`, and a second kernel merges the splits. Lengths are read on the
-// device only, so a graph can be captured. Sequences lie along a grid's first dimension: the others end at 65535.
+// Attention of few new tokens of each sequence over its blocks, on a GPU. One block of threads per (sequence, key/value head, split
+// of its keys): all queries that share the head share what it reads, one row after the other, which is why many new tokens are
+// another backend's. Each warp takes every WARPS-th key of the split and keeps its own online softmax for one query row at a time;
+// the block merges its warps in order, leaves (largest, sum, output) in `partial`, and a second kernel merges the splits. Lengths
+// are read on the device only, so a graph can be captured. Sequences lie along a grid's first dimension: the others end at 65535.
 #include "common.cuh"
 #include "kernels.cuh"
 
@@ -27,8 +27,8 @@ __device__ inline int64_t split_of(const Shape& s) { return max(SPLIT, (s.length
 
 // What checks.cpp refuses on a CPU and the host cannot see here: nothing of such a sequence is read, and its rows become NaN.
 __device__ inline bool is_readable(const PagedAttention& a, const Shape& s) {
-    return s.length >= 0 && s.length <= a.max_blocks * a.block_size && (s.length == 0 || s.tokens <= s.length) && s.first_row >= 0 &&
-           s.first_row + s.tokens <= a.rows && (a.rotary.cos == nullptr || s.length <= a.max_position);
+    return s.length >= 0 && s.length <= a.max_blocks * a.block_size && (s.length == 0 || s.tokens <= s.length) &&
+        s.first_row >= 0 && s.first_row + s.tokens <= a.rows && (a.rotary.cos == nullptr || s.length <= a.max_position);
 }
 
 // Feature d of query row `q` rotated for `position`.
@@ -42,8 +42,8 @@ template <class T> __device__ inline float rotated(const PagedAttention& a, cons
     return is_second ? x * c + y * s : x * c - y * s;
 }
 
-// partial is (rows, heads, splits, head_dim + 2). Six blocks at once are asked for because the compiler otherwise stops at 80 registers
-// on sm_100 and spills.
+// partial is (rows, heads, splits, head_dim + 2). Six blocks at once are asked for because the compiler otherwise stops at 80
+// registers on sm_100 and spills.
 template <class T> __global__ void __launch_bounds__(THREADS, 6) attend(PagedAttention a, int64_t splits, float* partial) {
     extern __shared__ float shared[];  // (WARPS, head_dim + 2)
     int64_t b = blockIdx.x, kv_head = blockIdx.y, split = blockIdx.z, group = divide(a.heads, a.kv_heads);
@@ -55,7 +55,8 @@ template <class T> __global__ void __launch_bounds__(THREADS, 6) attend(PagedAtt
         int64_t token = divide(row, group), position = s.length - s.tokens + token, head = kv_head * group + row - token * group;
         const T* q_row = static_cast<const T*>(a.q) + (s.first_row + token) * a.q_stride + head * a.q_head_stride;
         float q[MAX_LANE_FEATURES], o[MAX_LANE_FEATURES] = {}, largest = -INFINITY, sum = 0;
-        for (int i = 0; i < MAX_LANE_FEATURES; i++) q[i] = lane + 32 * i < a.head_dim ? rotated(a, q_row, position, lane + 32 * i) * a.softmax_scale : 0.0f;
+        for (int i = 0; i < MAX_LANE_FEATURES; i++)
+            q[i] = lane + 32 * i < a.head_dim ? rotated(a, q_row, position, lane + 32 * i) * a.softmax_scale : 0.0f;
         int64_t begin = split * split_of(s);
         // Lengths are below 2^31: keys of 32 bits take fewer registers.
         uint32_t end = static_cast<uint32_t>(min(min(begin + split_of(s), s.length), position + 1));
@@ -68,8 +69,10 @@ template <class T> __global__ void __launch_bounds__(THREADS, 6) attend(PagedAtt
                 largest = sum = NAN;  // no such block; the row must not look right
                 break;
             }
-            const T* k = static_cast<const T*>(a.k_cache.data) + block * a.k_cache.block_stride + slot * a.k_cache.slot_stride + kv_head * a.k_cache.head_stride;
-            const T* v = static_cast<const T*>(a.v_cache.data) + block * a.v_cache.block_stride + slot * a.v_cache.slot_stride + kv_head * a.v_cache.head_stride;
+            const T* k = static_cast<const T*>(a.k_cache.data) + block * a.k_cache.block_stride + slot * a.k_cache.slot_stride +
+                kv_head * a.k_cache.head_stride;
+            const T* v = static_cast<const T*>(a.v_cache.data) + block * a.v_cache.block_stride + slot * a.v_cache.slot_stride +
+                kv_head * a.v_cache.head_stride;
             float score = 0;
 #pragma unroll
             for (int i = 0; i < MAX_LANE_FEATURES; i++)
@@ -93,11 +96,13 @@ template <class T> __global__ void __launch_bounds__(THREADS, 6) attend(PagedAtt
         float highest = -INFINITY, total = 0;
         for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, shared[w * (a.head_dim + 2)]);
         for (int w = 0; w < WARPS; w++)
-            if (shared[w * (a.head_dim + 2) + 1] != 0) total += shared[w * (a.head_dim + 2) + 1] * expf(shared[w * (a.head_dim + 2)] - highest);
+            if (shared[w * (a.head_dim + 2) + 1] != 0)
+                total += shared[w * (a.head_dim + 2) + 1] * expf(shared[w * (a.head_dim + 2)] - highest);
         for (int64_t d = threadIdx.x; d < a.head_dim; d += THREADS) {
             float x = 0;
             for (int w = 0; w < WARPS; w++)
-                if (shared[w * (a.head_dim + 2) + 1] != 0) x += shared[w * (a.head_dim + 2) + 2 + d] * expf(shared[w * (a.head_dim + 2)] - highest);
+                if (shared[w * (a.head_dim + 2) + 1] != 0)
+                    x += shared[w * (a.head_dim + 2) + 2 + d] * expf(shared[w * (a.head_dim + 2)] - highest);
             out[2 + d] = x;
         }
         if (threadIdx.x == 0) out[0] = highest, out[1] = total;
@@ -154,7 +159,9 @@ template <class T> void launch(const PagedAttention& a, int64_t max_length, floa
 
 }  // namespace
 
-int64_t paged_attention_partials(const PagedAttention& a, int64_t max_length) { return a.rows * a.heads * splits_of(max_length) * (a.head_dim + 2); }
+int64_t paged_attention_partials(const PagedAttention& a, int64_t max_length) {
+    return a.rows * a.heads * splits_of(max_length) * (a.head_dim + 2);
+}
 
 void paged_attention(const PagedAttention& a, int64_t max_length, float* partial, cudaStream_t stream) {
     PSANN_FOR_TYPE(a.type, launch, a, max_length, partial, stream)

@@ -1,6 +1,6 @@
-// Causal depthwise dilated convolution, then the damped sine, on a GPU. A thread owns one feature and walks over a run of tokens; its
-// taps come from the first caches. Backward writes the convolution's gradient dz in float, and a block's sums go to `partial`, which
-// a second kernel adds in order; a third gathers dx from dz.
+// Causal depthwise dilated convolution, then the damped sine, on a GPU. A thread owns one feature and walks over a run of tokens;
+// its taps come from the first caches. Backward writes the convolution's gradient dz in float, and a block's sums go to `partial`,
+// which a second kernel adds in order; a third gathers dx from dz.
 #include "common.cuh"
 #include "kernels.cuh"
 
@@ -27,7 +27,8 @@ __device__ inline int64_t start_of(const WaveConv& a, int64_t t, int64_t& docume
     return max(start, static_cast<int64_t>(a.cu_seqlens[low]));
 }
 
-template <class T> __device__ inline float tap(const WaveConv& a, int64_t t, int64_t start, int64_t document, int64_t column, int64_t distance) {
+template <class T>
+__device__ inline float tap(const WaveConv& a, int64_t t, int64_t start, int64_t document, int64_t column, int64_t distance) {
     if (t - distance >= start) return widen(static_cast<const T*>(a.x)[(t - distance) * a.x_stride + column]);
     if (a.state == nullptr) return 0.0f;
     int64_t length = (a.taps - 1) * a.dilation;
@@ -36,7 +37,8 @@ template <class T> __device__ inline float tap(const WaveConv& a, int64_t t, int
 
 template <class T> __device__ inline float convolve(const WaveConv& a, int64_t t, int64_t start, int64_t document, int64_t column) {
     float z = a.bias == nullptr ? 0.0f : a.bias[column];
-    for (int64_t j = 0; j < a.taps; j++) z = fmaf(a.weight[column * a.taps + j], tap<T>(a, t, start, document, column, (a.taps - 1 - j) * a.dilation), z);
+    for (int64_t j = 0; j < a.taps; j++)
+        z = fmaf(a.weight[column * a.taps + j], tap<T>(a, t, start, document, column, (a.taps - 1 - j) * a.dilation), z);
     return z;
 }
 
@@ -44,16 +46,19 @@ template <class T, int MODE> __global__ void __launch_bounds__(THREADS) forward(
     int64_t column = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
     if (column >= a.features) return;
     Feature f = feature_of(a.amplitude[column], a.frequency[column], a.damping[column]);
-    int64_t run = (a.tokens + gridDim.y - 1) / gridDim.y, begin = static_cast<int64_t>(blockIdx.y) * run, end = min(begin + run, a.tokens);
+    int64_t run = (a.tokens + gridDim.y - 1) / gridDim.y, begin = static_cast<int64_t>(blockIdx.y) * run;
+    int64_t end = min(begin + run, a.tokens);
     for (int64_t t = begin; t < end; t++) {
         int64_t document, start = start_of(a, t, document);
         y[t * a.features + column] = narrow<T>(damped_sine<MODE>(convolve<T>(a, t, start, document, column), f));
     }
 }
 
-// Sums of a feature: bias, amplitude, frequency, damping, then the taps, which are added to memory that no other thread touches. Six
-// blocks at once are asked for because the compiler otherwise keeps an address in memory on sm_100.
-template <class T, int MODE> __global__ void __launch_bounds__(THREADS, 6) backward(WaveConv a, const T* dy, int64_t dy_stride, float* dz, float* partial, int64_t run) {
+// Sums of a feature: bias, amplitude, frequency, damping, then the taps, which are added to memory that no other thread touches.
+// Six blocks at once are asked for because the compiler otherwise keeps an address in memory on sm_100.
+template <class T, int MODE>
+__global__ void __launch_bounds__(THREADS, 6) backward(WaveConv a, const T* dy, int64_t dy_stride, float* dz, float* partial,
+                                                       int64_t run) {
     int64_t column = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
     if (column >= a.features) return;
     Feature f = feature_of(a.amplitude[column], a.frequency[column], a.damping[column]);
@@ -66,7 +71,8 @@ template <class T, int MODE> __global__ void __launch_bounds__(THREADS, 6) backw
         Gradient g = damped_sine_gradient<MODE>(convolve<T>(a, t, start, document, column), widen(dy[t * dy_stride + column]), f);
         dz[t * a.features + column] = g.dz;
         sums[0] += g.dz, sums[1] += g.amplitude, sums[2] += g.frequency, sums[3] += g.damping;
-        for (int64_t j = 0; j < a.taps; j++) mine[(4 + j) * a.features] += g.dz * tap<T>(a, t, start, document, column, (a.taps - 1 - j) * a.dilation);
+        for (int64_t j = 0; j < a.taps; j++)
+            mine[(4 + j) * a.features] += g.dz * tap<T>(a, t, start, document, column, (a.taps - 1 - j) * a.dilation);
     }
     for (int k = 0; k < 4; k++) mine[k * a.features] = sums[k];
 }
@@ -74,7 +80,8 @@ template <class T, int MODE> __global__ void __launch_bounds__(THREADS, 6) backw
 template <class T> __global__ void __launch_bounds__(THREADS) gather(WaveConv a, const float* dz, T* dx) {
     int64_t column = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
     if (column >= a.features) return;
-    int64_t run = (a.tokens + gridDim.y - 1) / gridDim.y, begin = static_cast<int64_t>(blockIdx.y) * run, end = min(begin + run, a.tokens);
+    int64_t run = (a.tokens + gridDim.y - 1) / gridDim.y, begin = static_cast<int64_t>(blockIdx.y) * run;
+    int64_t end = min(begin + run, a.tokens);
     for (int64_t t = begin; t < end; t++) {
         float d = 0;
         for (int64_t j = a.taps - 1; j >= 0; j--) {
@@ -104,7 +111,9 @@ __global__ void __launch_bounds__(THREADS) finish(WaveConvBackward b, const floa
 // A grid's second dimension ends at 65535; blocks walk on from there.
 int64_t runs_of(const WaveConv& a) { return min(ceil_div(a.tokens, RUN), int64_t{65535}); }
 
-dim3 grid_of(const WaveConv& a, int64_t runs) { return dim3(static_cast<unsigned>(ceil_div(a.features, THREADS)), static_cast<unsigned>(runs)); }
+dim3 grid_of(const WaveConv& a, int64_t runs) {
+    return dim3(static_cast<unsigned>(ceil_div(a.features, THREADS)), static_cast<unsigned>(runs));
+}
 
 template <class T, int MODE> void launch_forward(const WaveConvForward& f, cudaStream_t stream) {
     forward<T, MODE><<<grid_of(f.conv, runs_of(f.conv)), THREADS, 0, stream>>>(f.conv, static_cast<T*>(f.y));
@@ -112,19 +121,22 @@ template <class T, int MODE> void launch_forward(const WaveConvForward& f, cudaS
 
 template <class T> void forward_of(const WaveConvForward& f, cudaStream_t stream) {
     int mode = f.conv.mode;
-    mode == ABS ? launch_forward<T, ABS>(f, stream) : mode == RELU ? launch_forward<T, RELU>(f, stream) : launch_forward<T, NONE>(f, stream);
+    mode == ABS ? launch_forward<T, ABS>(f, stream) : mode == RELU ? launch_forward<T, RELU>(f, stream) :
+        launch_forward<T, NONE>(f, stream);
 }
 
 template <class T, int MODE> void launch_backward(const WaveConvBackward& b, float* dz, float* partial, cudaStream_t stream) {
     int64_t partials = wave_conv_partials(b.conv.tokens);
-    backward<T, MODE><<<grid_of(b.conv, partials), THREADS, 0, stream>>>(b.conv, static_cast<const T*>(b.dy), b.dy_stride, dz, partial, ceil_div(b.conv.tokens, partials));
+    backward<T, MODE><<<grid_of(b.conv, partials), THREADS, 0, stream>>>(b.conv, static_cast<const T*>(b.dy), b.dy_stride, dz,
+        partial, ceil_div(b.conv.tokens, partials));
     gather<T><<<grid_of(b.conv, runs_of(b.conv)), THREADS, 0, stream>>>(b.conv, dz, static_cast<T*>(b.dx));
     finish<<<static_cast<unsigned>(ceil_div(b.conv.features, THREADS)), THREADS, 0, stream>>>(b, partial, partials);
 }
 
 template <class T> void backward_of(const WaveConvBackward& b, float* dz, float* partial, cudaStream_t stream) {
     int mode = b.conv.mode;
-    mode == ABS ? launch_backward<T, ABS>(b, dz, partial, stream) : mode == RELU ? launch_backward<T, RELU>(b, dz, partial, stream) : launch_backward<T, NONE>(b, dz, partial, stream);
+    mode == ABS ? launch_backward<T, ABS>(b, dz, partial, stream) :
+        mode == RELU ? launch_backward<T, RELU>(b, dz, partial, stream) : launch_backward<T, NONE>(b, dz, partial, stream);
 }
 
 }  // namespace
@@ -133,6 +145,8 @@ int64_t wave_conv_partials(int64_t tokens) { return min(ceil_div(tokens, RUN), M
 
 void wave_conv_forward(const WaveConvForward& f, cudaStream_t stream) { PSANN_FOR_TYPE(f.conv.type, forward_of, f, stream) }
 
-void wave_conv_backward(const WaveConvBackward& b, float* dz, float* partial, cudaStream_t stream) { PSANN_FOR_TYPE(b.conv.type, backward_of, b, dz, partial, stream) }
+void wave_conv_backward(const WaveConvBackward& b, float* dz, float* partial, cudaStream_t stream) {
+    PSANN_FOR_TYPE(b.conv.type, backward_of, b, dz, partial, stream)
+}
 
 }  // namespace cuda

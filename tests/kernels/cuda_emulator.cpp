@@ -1,4 +1,5 @@
-// The scheduler behind cuda_emulator.h. An error ends the launch, which cudaPeekAtLastError then reports as a GPU's would be, with a message:
+// The scheduler behind cuda_emulator.h. An error ends the launch, which cudaPeekAtLastError then reports as a GPU's would be,
+// with a message:
 //
 //   launches that a GPU refuses   an empty grid, y or z past 65535, more than 1024 threads, more shared memory than 48 KB
 //   divergence                    a thread of the block ended, or waits elsewhere, while others wait at a barrier or warp operation
@@ -150,7 +151,8 @@ void start_fiber(size_t i) {
     fiber.state = READY;
     char* stack = stacks + i * STACK;
 #if OWN_SWITCH
-    // As if fiber_main had been called: aligned to 16 less the return address. Staggered, so that stacks share no line of the cache.
+    // As if fiber_main had been called: aligned to 16 less the return address.
+    // Staggered, so that stacks share no line of the cache.
     void** top = reinterpret_cast<void**>(stack + STACK - 64 * (i % 32)) - 2;
     top[0] = reinterpret_cast<void*>(&fiber_main);
     fiber.stack_pointer = top - 6;
@@ -171,7 +173,8 @@ void wait_as(State state) {
 std::string place(size_t i) {
     char text[160];
     unsigned u = static_cast<unsigned>(i);
-    snprintf(text, sizeof text, "thread (%u, %u, %u) of block (%u, %u, %u)", u % blockDim.x, u / blockDim.x % blockDim.y, u / blockDim.x / blockDim.y, blockIdx.x, blockIdx.y, blockIdx.z);
+    snprintf(text, sizeof text, "thread (%u, %u, %u) of block (%u, %u, %u)", u % blockDim.x, u / blockDim.x % blockDim.y,
+        u / blockDim.x / blockDim.y, blockIdx.x, blockIdx.y, blockIdx.z);
     return text;
 }
 
@@ -187,7 +190,8 @@ void refuse(cudaError_t error, const std::string& why) {
 
 std::string whereabouts(const Fiber& f) {
     if (f.state == DONE) return "has ended";
-    return f.state == AT_BARRIER ? "waits at the barrier of line " + std::to_string(f.line) : std::string("waits at ") + f.operation + " of line " + std::to_string(f.line);
+    return f.state == AT_BARRIER ? "waits at the barrier of line " + std::to_string(f.line) :
+        std::string("waits at ") + f.operation + " of line " + std::to_string(f.line);
 }
 
 // Lets the lanes of warp operations go on that all lanes of their mask have reached; false where there was none.
@@ -199,9 +203,12 @@ bool exchange_values(size_t first, size_t lanes) {
         bool is_complete = true;
         for (size_t j = 0; j < 32 && is_complete; j++) {
             if (!(f.mask >> j & 1)) continue;
-            if (j >= lanes) leave(std::string(f.operation) + " of line " + std::to_string(f.line) + " names lane " + std::to_string(j) + ", and the warp has " + std::to_string(lanes), first + i);
+            if (j >= lanes)
+                leave(std::string(f.operation) + " of line " + std::to_string(f.line) + " names lane " + std::to_string(j) +
+                    ", and the warp has " + std::to_string(lanes), first + i);
             Fiber& other = fibers[first + j];
-            is_complete = other.state == AT_EXCHANGE && other.mask == f.mask && other.line == f.line && other.operation == f.operation;
+            is_complete = other.state == AT_EXCHANGE && other.mask == f.mask && other.line == f.line &&
+                other.operation == f.operation;
         }
         if (!is_complete) continue;
         uint64_t values[32] = {};
@@ -232,7 +239,8 @@ void run_warp(size_t first, size_t lanes, const std::vector<size_t>& places) {
         for (size_t j = 0; j < lanes; j++) {
             const Fiber& other = fibers[first + j];
             if (f.mask >> j & 1 && !(other.state == AT_EXCHANGE && other.mask == f.mask && other.line == f.line))
-                leave(whereabouts(f) + " with mask " + std::to_string(f.mask) + ", but " + place(first + j) + " " + whereabouts(other), first + i);
+                leave(whereabouts(f) + " with mask " + std::to_string(f.mask) + ", but " + place(first + j) + " " +
+                    whereabouts(other), first + i);
         }
     }
 }
@@ -256,14 +264,16 @@ void run_block() {
         size_t waiting = 0;
         while (fibers[waiting].state == DONE) waiting++;
         for (size_t i = 0; i < threads; i++)
-            if (fibers[i].state == DONE || fibers[i].line != fibers[waiting].line) leave(whereabouts(fibers[waiting]) + ", but " + place(i) + " " + whereabouts(fibers[i]), waiting);
+            if (fibers[i].state == DONE || fibers[i].line != fibers[waiting].line)
+                leave(whereabouts(fibers[waiting]) + ", but " + place(i) + " " + whereabouts(fibers[i]), waiting);
         for (size_t i = 0; i < threads; i++) fibers[i].state = READY;
     }
 }
 
 void on_signal(int number, siginfo_t* info, void*) {
     char text[96];
-    snprintf(text, sizeof text, "%s at address %p", number == SIGSEGV ? "access outside of memory" : number == SIGBUS ? "bus error" : "arithmetic fault", info->si_addr);
+    snprintf(text, sizeof text, "%s at address %p", number == SIGSEGV ? "access outside of memory" :
+        number == SIGBUS ? "bus error" : "arithmetic fault", info->si_addr);
     leave(text, running);
 }
 
@@ -308,7 +318,8 @@ void* static_shared(int id, size_t bytes, size_t alignment) {
     if (found == regions.end()) found = regions.insert(found, Region{id, map(SHARED, true) + SHARED, nullptr, false});
     if (!found->is_in_use) {
         shared_bytes += bytes;
-        if (shared_bytes > SHARED) fail("%zu bytes of shared memory; a block has %zu unless the launch asks for more", shared_bytes, SHARED);
+        if (shared_bytes > SHARED)
+            fail("%zu bytes of shared memory; a block has %zu unless the launch asks for more", shared_bytes, SHARED);
         found->data = found->end - (bytes + alignment - 1) / alignment * alignment;
         memset(found->data, 0xff, bytes);
         found->is_in_use = true;
@@ -317,12 +328,14 @@ void* static_shared(int id, size_t bytes, size_t alignment) {
 }
 
 void* dynamic_shared(size_t alignment) {
-    if (reinterpret_cast<uintptr_t>(dynamic_data) % alignment) fail("dynamic shared memory of %zu bytes is no whole number of its elements", dynamic_bytes);
+    if (reinterpret_cast<uintptr_t>(dynamic_data) % alignment)
+        fail("dynamic shared memory of %zu bytes is no whole number of its elements", dynamic_bytes);
     return dynamic_data;
 }
 
 void check_bounds(unsigned most_threads) {
-    if (blockDim.x * blockDim.y * blockDim.z > most_threads) fail("the block has %u threads and its launch bounds say %u", blockDim.x * blockDim.y * blockDim.z, most_threads);
+    if (blockDim.x * blockDim.y * blockDim.z > most_threads)
+        fail("the block has %u threads and its launch bounds say %u", blockDim.x * blockDim.y * blockDim.z, most_threads);
 }
 
 unsigned lane() { return static_cast<unsigned>(running % 32); }
@@ -346,9 +359,14 @@ void Launch::run(void (*thread)(void*), void* call) const {
     size_t threads = size_t{block.x} * block.y * block.z;
     auto text = [](dim3 d) { return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")"; };
     if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
-        return refuse(cudaErrorInvalidConfiguration, "a grid of " + text(grid) + "; each size is 1 to 65535, the first to 2147483647");
-    if (!threads || threads > MOST_THREADS || block.z > 64) return refuse(cudaErrorInvalidConfiguration, "blocks of " + text(block) + " threads; there may be 1 to 1024, and 64 along z");
-    if (shared > SHARED) return refuse(cudaErrorInvalidValue, std::to_string(shared) + " bytes of shared memory; a block has " + std::to_string(SHARED) + " unless the launch asks for more");
+        return refuse(cudaErrorInvalidConfiguration,
+            "a grid of " + text(grid) + "; each size is 1 to 65535, the first to 2147483647");
+    if (!threads || threads > MOST_THREADS || block.z > 64)
+        return refuse(cudaErrorInvalidConfiguration,
+            "blocks of " + text(block) + " threads; there may be 1 to 1024, and 64 along z");
+    if (shared > SHARED)
+        return refuse(cudaErrorInvalidValue, std::to_string(shared) + " bytes of shared memory; a block has " +
+            std::to_string(SHARED) + " unless the launch asks for more");
     if (launched.find(::kernel + "\n") == std::string::npos) launched += ::kernel + "\n";
     if (!stacks) stacks = map(MOST_THREADS * STACK, false);
     static char* dynamic = map(SHARED, true);
@@ -358,14 +376,16 @@ void Launch::run(void (*thread)(void*), void* call) const {
     Signals signals;
     if (sigsetjmp(way_out, 1) == 0) {
         is_in_kernel = true;
-        uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, step = order == DESCENDING ? blocks - 1 : 1, b = order == DESCENDING ? blocks - 1 : 0;
+        uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, step = order == DESCENDING ? blocks - 1 : 1;
+        uint64_t b = order == DESCENDING ? blocks - 1 : 0;
         if (order == RANDOM) {
             b = random_below(blocks);
             // A step with no divisor in common meets each block once.
             while (std::gcd(step = 1 + random_below(blocks), blocks) != 1) {}
         }
         for (uint64_t n = 0; n < blocks; n++, b = (b + step) % blocks) {
-            blockIdx = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y), static_cast<unsigned>(b / grid.x / grid.y));
+            blockIdx = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                static_cast<unsigned>(b / grid.x / grid.y));
             run_block();
         }
     }
@@ -401,14 +421,18 @@ extern "C" __attribute__((visibility("default"))) void emulator_fault(int which)
 extern "C" __attribute__((visibility("default"))) const char* emulator_launched() { return launched.c_str(); }
 
 // Bits to bits: 0 float to bfloat16, 1 float to half, 2 half to float.
-extern "C" __attribute__((visibility("default"))) void emulator_convert(int what, const uint32_t* from, uint32_t* to, int64_t count) {
+extern "C" __attribute__((visibility("default"))) void emulator_convert(int what, const uint32_t* from, uint32_t* to,
+    int64_t count) {
     for (int64_t i = 0; i < count; i++) {
         if (what == 2) to[i] = emulator::bits<uint32_t>(__half2float(__half{static_cast<uint16_t>(from[i])}));
-        else to[i] = what == 1 ? __float2half_rn(emulator::bits<float>(from[i])).raw : __float2bfloat16_rn(emulator::bits<float>(from[i])).raw;
+        else
+            to[i] = what == 1 ? __float2half_rn(emulator::bits<float>(from[i])).raw :
+                __float2bfloat16_rn(emulator::bits<float>(from[i])).raw;
     }
 }
 
-// What -fsanitize=undefined calls; the sanitizers' own library would print and go on, or end the process. Their data begin with a place.
+// What -fsanitize=undefined calls; the sanitizers' own library would print and go on, or end the process.
+// Their data begin with a place.
 namespace {
 
 struct Place {

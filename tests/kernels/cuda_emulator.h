@@ -1,14 +1,14 @@
-// Runs csrc/cuda on a CPU: what those files use of CUDA, for g++. test_cuda_emulated.py compiles them against it, after cuda_emulated.py
-// has rewritten the three things that are no C++: launches, shared memory and launch bounds.
+// Runs csrc/cuda on a CPU: what those files use of CUDA, for g++. test_cuda_emulated.py compiles them against it, after
+// cuda_emulated.py has rewritten the three things that are no C++: launches, shared memory and launch bounds.
 //
-// A thread of a block is a fiber that runs until a barrier, a warp operation or its end; blocks run one after the other. The order of
-// blocks, warps and lanes is chosen from outside (emulator_order), so that what depends on it shows as results that differ. What hardware
-// leaves undefined is an error here, with block and thread: see cuda_emulator.cpp.
+// A thread of a block is a fiber that runs until a barrier, a warp operation or its end; blocks run one after the other. The order
+// of blocks, warps and lanes is chosen from outside (emulator_order), so that what depends on it shows as results that differ. What
+// hardware leaves undefined is an error here, with block and thread: see cuda_emulator.cpp.
 //
-// The same as on a GPU, to the bit: conversions between float, half and bfloat16 (round to nearest even; NaN becomes the canonical one),
-// rintf, fabsf, copysignf, fmaf, + - * / (of IEEE, on both). NOT the same: expf and rsqrtf, which the C library and 1 / sqrtf give within
-// half an ulp to one, where CUDA's are within 2 (PTX ex2.approx and a multiplication; rsqrt.approx); and nvcc contracts x * y + z
-// where this build does not, unless it is built with -ffp-contract=fast.
+// The same as on a GPU, to the bit: conversions between float, half and bfloat16 (round to nearest even; NaN becomes the canonical
+// one), rintf, fabsf, copysignf, fmaf, + - * / (of IEEE, on both). NOT the same: expf and rsqrtf, which the C library and 1 / sqrtf
+// give within half an ulp to one, where CUDA's are within 2 (PTX ex2.approx and a multiplication; rsqrt.approx); and nvcc contracts
+// x * y + z where this build does not, unless it is built with -ffp-contract=fast.
 #pragma once
 
 #include <math.h>
@@ -64,9 +64,11 @@ struct Launch {
     dim3 grid, block;
     size_t shared;
 
-    Launch(const char* kernel, dim3 grid, dim3 block, size_t shared = 0, cudaStream_t = nullptr) : kernel(kernel), grid(grid), block(block), shared(shared) {}
+    Launch(const char* kernel, dim3 grid, dim3 block, size_t shared = 0, cudaStream_t = nullptr)
+        : kernel(kernel), grid(grid), block(block), shared(shared) {}
 
-    template <class... Parameters, class... Arguments> void operator()(void (*function)(Parameters...), Arguments&&... arguments) const {
+    template <class... Parameters, class... Arguments>
+    void operator()(void (*function)(Parameters...), Arguments&&... arguments) const {
         static_assert((sizeof(Parameters) + ... + 0) <= 4096, "a kernel takes at most 4096 bytes of arguments");
         struct Call {
             void (*function)(Parameters...);
@@ -101,11 +103,14 @@ template <class T> T shuffle(unsigned mask, T value, unsigned from, const char* 
 
 // Lines tell one barrier from another: threads that wait at different ones have diverged.
 inline void __syncthreads(int line = __builtin_LINE()) { emulator::barrier(line); }
-inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) { emulator::exchange(mask, 0, "__syncwarp", line); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
+    emulator::exchange(mask, 0, "__syncwarp", line);
+}
 
 // Within groups of `width` lanes; a lane whose partner is outside its group gets its own value, as the PTX manual says of shfl.
 template <class T> T __shfl_xor_sync(unsigned mask, T value, int distance, int width = 32, int line = __builtin_LINE()) {
-    unsigned lane = emulator::lane(), from = lane ^ static_cast<unsigned>(distance), last = lane | (static_cast<unsigned>(width) - 1);
+    unsigned lane = emulator::lane(), from = lane ^ static_cast<unsigned>(distance);
+    unsigned last = lane | (static_cast<unsigned>(width) - 1);
     return emulator::shuffle(mask, value, from <= last ? from : lane, "__shfl_xor_sync", line);
 }
 template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32, int line = __builtin_LINE()) {
@@ -118,7 +123,8 @@ template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned distance, i
 }
 template <class T> T __shfl_sync(unsigned mask, T value, int from, int width = 32, int line = __builtin_LINE()) {
     unsigned inside = static_cast<unsigned>(width) - 1;
-    return emulator::shuffle(mask, value, (emulator::lane() & ~inside) | (static_cast<unsigned>(from) & inside), "__shfl_sync", line);
+    return emulator::shuffle(mask, value, (emulator::lane() & ~inside) | (static_cast<unsigned>(from) & inside), "__shfl_sync",
+        line);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
     const uint64_t* values = emulator::exchange(mask, predicate != 0, "__ballot_sync", line);
@@ -127,8 +133,12 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin
         if (mask >> lane & 1 && values[lane]) found |= 1u << lane;
     return found;
 }
-inline int __any_sync(unsigned mask, int predicate, int line = __builtin_LINE()) { return __ballot_sync(mask, predicate, line) != 0; }
-inline int __all_sync(unsigned mask, int predicate, int line = __builtin_LINE()) { return __ballot_sync(mask, predicate, line) == mask; }
+inline int __any_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
+    return __ballot_sync(mask, predicate, line) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
+    return __ballot_sync(mask, predicate, line) == mask;
+}
 
 template <class T> constexpr T min(T a, T b) { return b < a ? b : a; }
 template <class T> constexpr T max(T a, T b) { return a < b ? b : a; }
@@ -157,7 +167,8 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 inline float __half2float(__half x) {
     uint32_t sign = static_cast<uint32_t>(x.raw & 0x8000) << 16, exponent = x.raw >> 10 & 31, fraction = x.raw & 1023;
     if (exponent == 31) return emulator::bits<float>(sign | 0x7f800000u | fraction << 13);
-    float size = exponent == 0 ? ldexpf(static_cast<float>(fraction), -24) : ldexpf(static_cast<float>(fraction + 1024), static_cast<int>(exponent) - 25);
+    float size = exponent == 0 ? ldexpf(static_cast<float>(fraction), -24) :
+        ldexpf(static_cast<float>(fraction + 1024), static_cast<int>(exponent) - 25);
     return emulator::bits<float>(sign | emulator::bits<uint32_t>(size));
 }
 

@@ -30,7 +30,8 @@ static float widen(Type type, const void* p, size_t i) {
         return x;
     }
     int exponent = h >> 10 & 31, fraction = h & 1023;
-    float x = exponent == 31 ? (fraction ? NAN : INFINITY) : exponent ? ldexpf(1024 + fraction, exponent - 25) : ldexpf(fraction, -24);
+    float x = exponent == 31 ? (fraction ? NAN : INFINITY) : exponent ? ldexpf(1024 + fraction, exponent - 25) :
+        ldexpf(fraction, -24);
     return h & 0x8000 ? -x : x;
 }
 
@@ -39,7 +40,8 @@ struct Buffer {
     Type type;
     size_t count;
     void* data;
-    Buffer(Type t, size_t n, double low, double high) : type(t), count(n), data(malloc(n * (t == Type::FLOAT32 ? 4 : t == Type::INT8 ? 1 : 2))) {
+    Buffer(Type t, size_t n, double low, double high)
+        : type(t), count(n), data(malloc(n * (t == Type::FLOAT32 ? 4 : t == Type::INT8 ? 1 : 2))) {
         for (size_t i = 0; i < n; i++) {
             float x = static_cast<float>(low + (high - low) * uniform());
             if (t == Type::FLOAT32) static_cast<float*>(data)[i] = x;
@@ -47,7 +49,9 @@ struct Buffer {
             uint32_t bits;
             memcpy(&bits, &x, 4);
             if (t == Type::BFLOAT16) static_cast<uint16_t*>(data)[i] = static_cast<uint16_t>(bits >> 16);
-            if (t == Type::FLOAT16) static_cast<uint16_t*>(data)[i] = static_cast<uint16_t>((bits >> 16 & 0x8000) | (x == 0 ? 0 : ((bits >> 13 & 0x3ff) | ((bits >> 23 & 255) - 112) << 10)));
+            if (t == Type::FLOAT16)
+                static_cast<uint16_t*>(data)[i] = static_cast<uint16_t>(
+                    (bits >> 16 & 0x8000) | (x == 0 ? 0 : ((bits >> 13 & 0x3ff) | ((bits >> 23 & 255) - 112) << 10)));
         }
     }
     ~Buffer() { free(data); }
@@ -67,59 +71,80 @@ static void sines(Type type, int64_t rows, int64_t features, int mode) {
     Buffer a(Type::FLOAT32, f, 0.5, 2), w(Type::FLOAT32, f, -4, 4), d(Type::FLOAT32, f, 0, 30), sums(Type::FLOAT32, 3 * f, 0, 0);
     if (type == Type::FLOAT32 && n > 2) z.floats()[1] = 3e9f, z.floats()[2] = 1e-41f;
     damped_sine_forward({z.data, a.floats(), w.floats(), d.floats(), y.data, rows, features, features, type, mode, 2});
-    damped_sine_backward({z.data, dy.data, a.floats(), w.floats(), d.floats(), dz.data, sums.floats(), sums.floats() + f, sums.floats() + 2 * f, rows, features, features, features, type, mode, 2});
+    damped_sine_backward({z.data, dy.data, a.floats(), w.floats(), d.floats(), dz.data, sums.floats(), sums.floats() + f,
+        sums.floats() + 2 * f, rows, features, features, features, type, mode, 2});
     y.print(), dz.print(), sums.print();
 }
 
 static void norms(Type type, Type weight_type, int64_t rows, int64_t features) {
     size_t n = static_cast<size_t>(rows * features), f = static_cast<size_t>(features);
-    Buffer x(type, n, 0.25, 2), r(type, n, 0.25, 2), weight(weight_type, f, 0.5, 2), y(type, n, 0, 0), h(type, n, 0, 0), dx(type, n, 0, 0), dweight(Type::FLOAT32, f, 0, 0);
-    rms_norm_forward({x.data, r.data, weight.data, y.data, h.data, rows, features, features, features, 1e-6f, type, weight_type, 2});
-    rms_norm_backward({h.data, x.data, r.data, weight.data, dx.data, dweight.floats(), rows, features, features, features, features, 1e-6f, type, weight_type, 2});
+    Buffer x(type, n, 0.25, 2), r(type, n, 0.25, 2), weight(weight_type, f, 0.5, 2), y(type, n, 0, 0), h(type, n, 0, 0);
+    Buffer dx(type, n, 0, 0), dweight(Type::FLOAT32, f, 0, 0);
+    rms_norm_forward({x.data, r.data, weight.data, y.data, h.data, rows, features, features, features, 1e-6f, type, weight_type,
+        2});
+    rms_norm_backward({h.data, x.data, r.data, weight.data, dx.data, dweight.floats(), rows, features, features, features, features,
+        1e-6f, type, weight_type, 2});
     y.print(), h.print(), dx.print(), dweight.print();
 }
 
 static void waves(Type type, int64_t rows, int64_t tokens, int64_t features, int64_t taps, int64_t dilation, bool has_state) {
     size_t n = static_cast<size_t>(rows * tokens * features), f = static_cast<size_t>(features), k = static_cast<size_t>(taps);
-    Buffer x(type, n, 0.25, 2), dy(type, n, 0.25, 1), y(type, n, 0, 0), dx(type, n, 0, 0), state(type, static_cast<size_t>(rows * (taps - 1) * dilation) * f, 0.25, 1);
-    Buffer weight(Type::FLOAT32, f * k, -1, 1), bias(Type::FLOAT32, f, -1, 1), a(Type::FLOAT32, f, 0.5, 2), w(Type::FLOAT32, f, 0.5, 4), d(Type::FLOAT32, f, 0, 1), sums(Type::FLOAT32, (k + 4) * f, 0, 0);
-    WaveConv conv = {x.data, has_state ? state.data : nullptr, weight.floats(), bias.floats(), a.floats(), w.floats(), d.floats(), nullptr, rows * tokens, features, taps, dilation, 0, tokens, features, type, 0};
+    Buffer x(type, n, 0.25, 2), dy(type, n, 0.25, 1), y(type, n, 0, 0), dx(type, n, 0, 0);
+    Buffer state(type, static_cast<size_t>(rows * (taps - 1) * dilation) * f, 0.25, 1);
+    Buffer weight(Type::FLOAT32, f * k, -1, 1), bias(Type::FLOAT32, f, -1, 1), a(Type::FLOAT32, f, 0.5, 2);
+    Buffer w(Type::FLOAT32, f, 0.5, 4), d(Type::FLOAT32, f, 0, 1), sums(Type::FLOAT32, (k + 4) * f, 0, 0);
+    WaveConv conv = {x.data, has_state ? state.data : nullptr, weight.floats(), bias.floats(), a.floats(), w.floats(), d.floats(),
+        nullptr, rows * tokens, features, taps, dilation, 0, tokens, features, type, 0};
     wave_conv_forward({conv, y.data, 2});
     float* s = sums.floats();
     wave_conv_backward({conv, dy.data, dx.data, s, s + k * f, s + (k + 1) * f, s + (k + 2) * f, s + (k + 3) * f, features, 2});
     y.print(), dx.print(), sums.print();
 }
 
-static void pages(Type type, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t block_size, int64_t length, int64_t tokens, int64_t window) {
+static void pages(Type type, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t block_size, int64_t length, int64_t tokens,
+                  int64_t window) {
     int64_t blocks = (length + block_size - 1) / block_size, width = kv_heads * head_dim;
     size_t cache = static_cast<size_t>(blocks * block_size * width), half = static_cast<size_t>(length * head_dim / 2);
-    Buffer k(type, static_cast<size_t>(length * width), 0.25, 1), v(type, static_cast<size_t>(length * width), 0.25, 1), k_cache(type, cache, 0, 0), v_cache(type, cache, 0, 0);
-    Buffer q(type, static_cast<size_t>(tokens * heads * head_dim), 0.25, 1), o(type, static_cast<size_t>(tokens * heads * head_dim), 0, 0), cos(Type::FLOAT32, half, 0, 1), sin(Type::FLOAT32, half, 0, 1), slopes(Type::FLOAT32, static_cast<size_t>(heads), 0, 0.1);
+    Buffer k(type, static_cast<size_t>(length * width), 0.25, 1), v(type, static_cast<size_t>(length * width), 0.25, 1);
+    Buffer k_cache(type, cache, 0, 0), v_cache(type, cache, 0, 0);
+    Buffer q(type, static_cast<size_t>(tokens * heads * head_dim), 0.25, 1);
+    Buffer o(type, static_cast<size_t>(tokens * heads * head_dim), 0, 0), cos(Type::FLOAT32, half, 0, 1);
+    Buffer sin(Type::FLOAT32, half, 0, 1), slopes(Type::FLOAT32, static_cast<size_t>(heads), 0, 0.1);
     std::vector<int64_t> slots, positions;
     std::vector<int32_t> table;
     for (int64_t b = 0; b < blocks; b++) table.push_back(static_cast<int32_t>(blocks - 1 - b));
-    for (int64_t t = 0; t < length; t++) slots.push_back(table[static_cast<size_t>(t / block_size)] * block_size + t % block_size), positions.push_back(t);
+    for (int64_t t = 0; t < length; t++) {
+        slots.push_back(table[static_cast<size_t>(t / block_size)] * block_size + t % block_size);
+        positions.push_back(t);
+    }
     std::vector<int32_t> lengths = {static_cast<int32_t>(length)}, bounds = {0, static_cast<int32_t>(tokens)};
     slots.shrink_to_fit(), table.shrink_to_fit();
     Cache kc = {k_cache.data, block_size * width, width, head_dim}, vc = {v_cache.data, block_size * width, width, head_dim};
     Rotary rotary = {cos.floats(), sin.floats(), window == 0};
-    paged_append({k.data, v.data, kc, vc, slots.data(), positions.data(), rotary, length, kv_heads, head_dim, block_size, width, head_dim, width, head_dim, type, 2});
-    paged_attention({q.data, kc, vc, table.data(), lengths.data(), bounds.data(), slopes.floats(), o.data, rotary, tokens, 1, heads, kv_heads, head_dim, block_size, blocks, heads * head_dim, head_dim, window, 0.2f, type, 2});
+    paged_append({k.data, v.data, kc, vc, slots.data(), positions.data(), rotary, length, kv_heads, head_dim, block_size, width,
+        head_dim, width, head_dim, type, 2});
+    paged_attention({q.data, kc, vc, table.data(), lengths.data(), bounds.data(), slopes.floats(), o.data, rotary, tokens, 1, heads,
+        kv_heads, head_dim, block_size, blocks, heads * head_dim, head_dim, window, 0.2f, type, 2});
     k_cache.print(), v_cache.print(), o.print();
 }
 
 static void linears(Type type, Type weight_type, int64_t rows, int64_t inputs, int64_t outputs) {
-    Buffer x(type, static_cast<size_t>(rows * inputs), 0.25, 1), weight(weight_type, static_cast<size_t>(inputs * outputs), 0.25, 1), y(type, static_cast<size_t>(rows * outputs), 0, 0);
+    Buffer x(type, static_cast<size_t>(rows * inputs), 0.25, 1);
+    Buffer weight(weight_type, static_cast<size_t>(inputs * outputs), 0.25, 1), y(type, static_cast<size_t>(rows * outputs), 0, 0);
     Buffer scale(Type::FLOAT32, static_cast<size_t>(outputs), 0.1, 1), bias(Type::FLOAT32, static_cast<size_t>(outputs), 0, 1);
-    linear({x.data, weight.data, weight_type == Type::INT8 ? scale.floats() : nullptr, bias.floats(), y.data, rows, inputs, outputs, inputs, inputs, type, weight_type, 2});
+    linear({x.data, weight.data, weight_type == Type::INT8 ? scale.floats() : nullptr, bias.floats(), y.data, rows, inputs, outputs,
+        inputs, inputs, type, weight_type, 2});
     y.print();
 }
 
 static void packed_linears(Type type, Type weight_type, int64_t rows, int64_t inputs, int64_t outputs) {
     int64_t panels = (outputs + PACKED_LINEAR_PANEL - 1) / PACKED_LINEAR_PANEL;
-    Buffer x(type, static_cast<size_t>(rows * inputs), 0.25, 1), weight(weight_type, static_cast<size_t>(inputs * panels * PACKED_LINEAR_PANEL), 0.25, 1), y(type, static_cast<size_t>(rows * outputs), 0, 0);
+    Buffer x(type, static_cast<size_t>(rows * inputs), 0.25, 1);
+    Buffer weight(weight_type, static_cast<size_t>(inputs * panels * PACKED_LINEAR_PANEL), 0.25, 1);
+    Buffer y(type, static_cast<size_t>(rows * outputs), 0, 0);
     Buffer scale(Type::FLOAT32, static_cast<size_t>(outputs), 0.1, 1), bias(Type::FLOAT32, static_cast<size_t>(outputs), 0, 1);
-    packed_linear({x.data, weight.data, weight_type == Type::INT8 ? scale.floats() : nullptr, bias.floats(), y.data, rows, inputs, outputs, inputs, type, weight_type, 2});
+    packed_linear({x.data, weight.data, weight_type == Type::INT8 ? scale.floats() : nullptr, bias.floats(), y.data, rows, inputs,
+        outputs, inputs, type, weight_type, 2});
     y.print();
 }
 
@@ -134,12 +159,18 @@ int main() {
             }
         for (int64_t features : {1, 16, 19, 260})
             for (int64_t tokens : {1, 2, 5, 67})
-                for (bool has_state : {false, true}) waves(type, 2, tokens, features, 4, 3, has_state), waves(type, 1, tokens, features, 1, 1, has_state);
+                for (bool has_state : {false, true}) {
+                    waves(type, 2, tokens, features, 4, 3, has_state);
+                    waves(type, 1, tokens, features, 1, 1, has_state);
+                }
         for (int64_t head_dim : {2, 24, 64, 130})
             for (int64_t length : {1, 31, 33, 129, 300})
                 for (int64_t tokens : {1, 3, 20})
                     for (int64_t window : {0, 1, 40})
-                        if (tokens <= length) pages(type, 6, 2, head_dim, 8, length, tokens, window), pages(type, 1, 1, head_dim, 1, length, tokens, window);
+                        if (tokens <= length) {
+                            pages(type, 6, 2, head_dim, 8, length, tokens, window);
+                            pages(type, 1, 1, head_dim, 1, length, tokens, window);
+                        }
         for (Type weight_type : {Type::FLOAT32, Type::BFLOAT16, Type::FLOAT16, Type::INT8})
             for (int64_t rows : {1, 2, 3, 8})
                 for (int64_t inputs : {1, 15, 33, 300})
