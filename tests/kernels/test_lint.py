@@ -107,7 +107,10 @@ def in_place_autotune(tree: ast.Module) -> Iterator[tuple[int, str]]:
                     touched[kind] |= used
         both = sorted(touched["tl.load"] & touched["tl.store"])
         if tuners and both:
-            yield function.lineno, f"{function.name} is autotuned and may read what it wrote through {', '.join(both)}; give restore_value"
+            yield (
+                function.lineno,
+                f"{function.name} is autotuned and may read what it wrote through {', '.join(both)}; give restore_value",
+            )
 
 
 BREAKS = {
@@ -120,9 +123,13 @@ BREAKS = {
 KEEPS = {
     masked_load_without_other: "x = tl.load(p, mask=m, other=0.0)\ny = tl.load(p)\nz = tl.load(p, m, 0.0)",
     dot_without_precision: "x = tl.dot(a, b, input_precision='ieee')",
-    narrow_program_product: "def k():\n    p = tl.program_id(0).to(tl.int64) * n\n    q = tl.program_id(1)\n    r = q.to(tl.int64) * n",
+    narrow_program_product: (
+        "def k():\n    p = tl.program_id(0).to(tl.int64) * n\n    q = tl.program_id(1)\n    r = q.to(tl.int64) * n"
+    ),
     broad_except: "try: pass\nexcept (ValueError, KeyError): pass",
-    in_place_autotune: "@triton.autotune(configs=[], restore_value=['x_ptr'])\ndef k(x_ptr, n):\n    tl.store(x_ptr, tl.load(x_ptr))",
+    in_place_autotune: (
+        "@triton.autotune(configs=[], restore_value=['x_ptr'])\ndef k(x_ptr, n):\n    tl.store(x_ptr, tl.load(x_ptr))"
+    ),
 }
 
 
@@ -177,7 +184,10 @@ def test_psann_kernels_imports_the_standard_library_torch_and_itself():
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_import_cycles(package):
     folder = PACKAGES[package]
-    modules = {".".join([package, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__"): path for path in sources(folder)}
+    modules = {
+        ".".join([package, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__"): path
+        for path in sources(folder)
+    }
     graph = {
         module: {
             target
@@ -196,7 +206,9 @@ def test_no_import_cycles(package):
 def test_no_machine_paths_in_tracked_files():
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
-    places = re.compile("|".join(["/" + "work/", "/" + r"tmp/\w", "/" + r"root/\w", "/" + r"home/\w", "/" + r"Users/\w", r"\b[A-Z]:" + r"\\Users"]))
+    places = re.compile(
+        "|".join(["/" + "work/", "/" + r"tmp/\w", "/" + r"root/\w", "/" + r"home/\w", "/" + r"Users/\w", r"\b[A-Z]:" + r"\\Users"])
+    )
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     findings = []
     for name in filter(None, tracked):

@@ -85,7 +85,11 @@ def test_a_wrong_gradient_is_found_and_refused(interpreted, monkeypatch):
     with pytest.raises(BackendError, match="rope_attention.*'triton'.*the self-test on cpu found the gradient"):
         psann_kernels.rope_attention(q, q, q, backend="triton")
     rows = {row["backend"]: row for row in explain("rope_attention", q, q, q, softmax_scale=1.0)}
-    assert rows["triton"]["serves"] == "no" and rows["triton"]["reason"] == found["rope_attention"] and rows["torch"]["serves"] == "yes"
+    assert (
+        rows["triton"]["serves"] == "no"
+        and rows["triton"]["reason"] == found["rope_attention"]
+        and rows["torch"]["serves"] == "yes"
+    )
 
 
 def test_three_digits_of_a_float32_product_are_not_enough(interpreted, monkeypatch):
@@ -126,7 +130,10 @@ def test_it_is_asked_again_by_name_and_after_a_change(interpreted, monkeypatch):
         spoil(wrong, "damped_sine", lambda y: 2 * y)
         self_test()
     assert self_test()["damped_sine"] != "passed"
-    assert self_test(again=True) == {"damped_sine": "passed"} and OPS["damped_sine"].refusal("triton", torch.ones(1, 2), *[torch.ones(2)] * 3) is None
+    assert (
+        self_test(again=True) == {"damped_sine": "passed"}
+        and OPS["damped_sine"].refusal("triton", torch.ones(1, 2), *[torch.ones(2)] * 3) is None
+    )
     monkeypatch.setattr(SELF_TEST.torch, "__version__", "0.0")
     ran = []
     monkeypatch.setattr(SELF_TEST, "_run", lambda device: ran.append(device) or {"damped_sine": "passed"})
