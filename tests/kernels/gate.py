@@ -6,7 +6,7 @@ Each *_triton.py lists its configurations; the gate compiles exactly those, in p
 installed and the one under --triton-path (`pip install --no-deps --target FOLDER triton==3.6.0`). Results are kept in a cache by
 source, Triton version and target. What is asserted: shared memory within the target's limit; no spilled registers on sm_80 and
 sm_90; tensor-core instructions where the tiles allow them; TMA loads where there are descriptors; no TF32; instructions of the
-sine kernels within budget; no 32-bit product in an address.
+sine kernels within budget; no 32-bit product in an address; on sm_90, two programs a multiprocessor where tiles count on them.
 
 Instructions per element are static ones: of the main loop where there is one, else of the whole kernel with its prologue,
 divided by the elements that a thread handles in a pass (tile / 32 / warps). Every thread runs all of them, as nothing branches.
@@ -56,15 +56,19 @@ TARGETS = {
 # (configuration, target): bytes of stack a thread that are known and accepted, and why.
 _WIDE = "float32 heads of 256: two tiles of 256 columns and their sums do not fit 255 registers; smaller tiles than 16 do not exist"
 _ROUNDED = "Triton 3.6.0 alone, since bounds are rounded to tiles in 64 bits; outside the loop over tiles"
-_EPILOGUE = "Triton 3.6.0 alone; in the epilogue, after the loop over products"
 SPILLS: dict[tuple[str, str], tuple[int, str]] = {
-    ("damped_sine_mlp backward bf16", "sm_80"): (56, _EPILOGUE),
-    ("damped_sine_mlp backward bf16", "sm_90"): (56, _EPILOGUE),
     ("rope_attention dq full fp32 D=256", "sm_80"): (936, _WIDE),
     ("rope_attention dq full fp32 D=256", "sm_90"): (976, _WIDE),
     ("paged_attention split fp32 D=256 ROTARY=pairs BLOCK_SIZE=16 GROUP=2", "sm_90"): (8, _WIDE + " (Triton 3.6.0 alone)"),
     ("rope_attention dk_dv full bf16 D=32", "sm_90"): (104, _ROUNDED),
     ("rope_attention dk_dv full bf16 D=128", "sm_90"): (16, _ROUNDED),
+}
+
+# The programs that a multiprocessor of sm_90 must hold at a time: one computes while another waits or finishes.
+RESIDENT = {
+    "damped_sine_mlp forward bf16 by descriptors": 2,
+    "damped_sine_mlp forward bf16 without z by descriptors": 2,
+    "damped_sine_mlp backward bf16 by descriptors": 2,
 }
 
 # Per element on sm_90, whole rows of a multiple of 16: how a name begins, and dtype -> (instructions, special function results).
@@ -85,6 +89,7 @@ class Result:
     registers: int = 0
     stack: int = 0
     shared: int = 0
+    warps: int = 0
     instructions: int = 0
     per_element: float = 0.0
     mufu_per_element: float = 0.0
@@ -95,6 +100,12 @@ class Result:
     tma: int = 0
     dots: list[dict[str, Any]] = field(default_factory=list)
     unsafe: list[str] = field(default_factory=list)
+
+    @property
+    def resident(self) -> int:
+        """Programs that a multiprocessor of sm_90 holds at a time: 64 Ki registers, given to a warp by 256, and 228 KiB, of which each
+        program takes one more."""
+        return min(65536 // (-(-self.registers // 8) * 8 * 32 * self.warps), 233472 // (self.shared + 1024))
 
     def faults(self) -> list[str]:
         """A sentence for each rule that this compilation breaks."""
@@ -121,6 +132,11 @@ class Result:
                 yield f"a half-precision product of at least 64 rows does not use HGMMA: {half}"
             if any(dot["m"] < 64 for dot in half) and not self.hmma:
                 yield f"a half-precision product of fewer than 64 rows does not use HMMA: {half}"
+            if self.name in RESIDENT and self.resident < RESIDENT[self.name]:
+                yield (
+                    f"{self.resident} programs a multiprocessor, {RESIDENT[self.name]} needed: {self.registers} registers, "
+                    f"{self.shared} bytes of shared memory"
+                )
             yield from self._budget_faults()
 
     def _budget_faults(self) -> Iterator[str]:
@@ -199,7 +215,7 @@ def compile_one(configuration: Any, target_name: str) -> Result:
         target=GPUTarget(target.backend, target.arch, target.warp),
         options=options,
     )
-    result = Result(configuration.name, target_name, triton.__version__, shared=compiled.metadata.shared)
+    result = Result(configuration.name, target_name, triton.__version__, shared=compiled.metadata.shared, warps=configuration.num_warps)
     text = compiled.asm.get("ttir", "")
     result.unsafe = ttir.unsafe_addresses(text)
     result.dots = [dataclasses.asdict(dot) for dot in ttir.dots(text)]

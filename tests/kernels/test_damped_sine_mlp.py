@@ -1,6 +1,7 @@
 """damped_sine_mlp and linear_damped_sine: their parts on every backend, and the fused kernels, against float64."""
 
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from psann_kernels.damped_sine_mlp import LINEAR, MLP, linear_reference, mlp_ref
 from torch.nn import functional as F
 from witness import BACKENDS, FORWARD, GRADIENT, Budget, judge, poisoned_allocations, strided_copies
 
-# (tokens, K, F, O): beside a tile of 128 rows and 64 or 128 columns, less and more than one.
-SHAPES = [(0, 16, 32, 16), (1, 16, 16, 16), (130, 48, 80, 32), (33, 16, 144, 80)]
+# (tokens, K, F, O): beside a tile of 64 or 128 rows and columns and of 32 or 64 products, less and more than one.
+SHAPES = [(0, 16, 32, 16), (1, 16, 16, 16), (130, 80, 80, 32), (33, 16, 144, 80)]
 NAMES = ("y", "dx", "dw1", "db1", "damplitude", "dfrequency", "ddamping", "dw2", "db2")
 VARIANTS = [(backend, False) for backend in BACKENDS] + [("triton", True)]
 VARIED = pytest.mark.parametrize("backend, fused", VARIANTS, ids=lambda v: v if isinstance(v, str) else ("fused" if v else "parts"))
@@ -69,6 +70,70 @@ def test_three_witnesses(backend, fused, dtype, mode):
     for budget in budgets:
         assert budget.elements >= 128
         budget.check()
+
+
+@pytest.fixture
+def described_tensors(monkeypatch):
+    """Tensors of which a descriptor was made are listed."""
+    serving("triton", True)
+    from psann_kernels import damped_sine_mlp_triton
+
+    made, describe = [], damped_sine_mlp_triton.described
+    monkeypatch.setattr(damped_sine_mlp_triton, "described", lambda t, block: made.append(t) or describe(t, block))
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_three_witnesses_through_pointers(dtype, described_tensors, monkeypatch):
+    from psann_kernels import damped_sine_mlp_triton
+
+    tensors, dy = inputs(SHAPES[-1], dtype)
+    run(ours("triton", True), tensors, dy)
+    assert len(described_tensors) == 4  # so test_three_witnesses is about descriptors
+    described_tensors.clear()
+    monkeypatch.setattr(damped_sine_mlp_triton, "has_tma", lambda device: False)
+    test_three_witnesses("triton", True, dtype, "abs")
+    assert not described_tensors
+
+
+def test_rows_that_repeat_are_read_through_pointers(described_tensors):
+    (x, w1, b1, *sine, w2, b2), dy = inputs((70, 80, 48, 16), torch.bfloat16)
+    # Forward reads x and w1, backward dy and w2.
+    for place, count in ((0, 2), (1, 2), (6, 2), (None, 4)):
+        tensors = [x, w1, b1, *sine, w2, b2]
+        if place is not None:
+            tensors[place] = tensors[place][:1].expand(tensors[place].shape)
+        described_tensors.clear()
+        fast = run(ours("triton", True), tensors, dy)
+        assert len(described_tensors) == count
+        working = run(lambda *a: plain(*a, "abs"), tensors, dy)
+        truth = run(lambda *a: mlp_reference(*a), [t.double() for t in tensors], dy.double())
+        for name, f, w, t in zip(NAMES, fast, working, truth):
+            if f.numel() >= 128:
+                budget = Budget(f"{name} where {place} repeats", FORWARD if name == "y" else GRADIENT)
+                budget.add(f, w, t)
+                budget.check()
+
+
+def test_ways_of_reading_parts_and_orders_of_tiles_give_the_same_bits(described_tensors, monkeypatch):
+    from psann_kernels import damped_sine_mlp_triton
+
+    tensors, dy = inputs((200, 80, 144, 80), torch.float16)
+    expected = None
+    for is_described in (True, False):
+        monkeypatch.setattr(damped_sine_mlp_triton, "has_tma", lambda device: is_described)
+        # Seven tiles of rows in one group, and in groups of which the last is not full.
+        for group, parts in ((8, 1), (3, 2), (2, 4)):
+            small = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "PARTS": parts, "num_warps": 4, "num_stages": 1}
+            monkeypatch.setattr(damped_sine_mlp_triton, "GROUP", group)
+            for table in ("FORWARD", "DESCRIBED_FORWARD", "BACKWARD", "DESCRIBED_BACKWARD"):
+                monkeypatch.setattr(damped_sine_mlp_triton, table, small)
+            described_tensors.clear()
+            got = run(ours("triton", True), tensors, dy)
+            assert len(described_tensors) == (4 if is_described else 0)
+            expected = expected or got
+            for name, g, e in zip(NAMES, got, expected):
+                assert torch.equal(g, e), (name, is_described, group, parts)
 
 
 @VARIED
@@ -221,9 +286,12 @@ def fill(budgets, seed, values):
     dtype, mode = r.choice([torch.float16, torch.bfloat16]), r.choice(MODES)
     shape = r.choice([1, 2, 17, 127, 128, 129, 257]), *(r.choice([16, 32, 64, 80, 128, 144, 272]) for _ in range(3))
     layouts = [r.choice(["contiguous", "transposed", "step 2", "misaligned"]) for _ in range(4)]
+    is_described = r.random() < 0.7
     (x, w1, b1, *sine, w2, b2), dy = inputs(shape, dtype, values * 1000003 + seed)
     laid = [strided_copies(t)[layout] for t, layout in zip((x, w1, w2, dy), layouts)]
-    with poisoned_allocations():
+    from psann_kernels import damped_sine_mlp_triton
+
+    with poisoned_allocations(), mock.patch.object(damped_sine_mlp_triton, "has_tma", lambda device: is_described):
         fast = run(ours("triton", True, mode), (laid[0], laid[1], b1, *sine, laid[2], b2), laid[3])
     working = run(lambda *a: plain(*a, mode), (x, w1, b1, *sine, w2, b2), dy)
     truth = run(lambda *a: mlp_reference(*a, mode=mode), [t.double() for t in (x, w1, b1, *sine, w2, b2)], dy.double())

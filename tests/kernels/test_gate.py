@@ -108,6 +108,18 @@ def test_the_gate_wants_descriptors_to_be_used():
     assert "has 2 tensor descriptors and no UTMALDG" in result.faults()[0]
 
 
+def test_the_gate_wants_two_programs_where_the_tiles_count_on_it():
+    name = "damped_sine_mlp forward bf16 by descriptors"
+    result = gate.Result(name, "sm_90", "0", registers=128, shared=113 * 1024, warps=8)
+    assert result.faults() == []
+    result.registers = 129
+    assert "1 programs a multiprocessor, 2 needed: 129 registers, 115712 bytes" in result.faults()[0]
+    result.registers, result.shared = 128, 113 * 1024 + 1
+    assert "1 programs a multiprocessor, 2 needed: 128 registers, 115713 bytes" in result.faults()[0]
+    result.name = "another kernel"
+    assert result.faults() == []
+
+
 DEADLY = """
 import os
 from dataclasses import replace

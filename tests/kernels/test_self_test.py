@@ -75,6 +75,21 @@ def test_attention_is_tried_by_descriptors_and_through_pointers(interpreted, mon
         monkeypatch.setattr(sys.modules[f"psann_kernels.{name}"], "memory", read)
 
 
+def test_the_mlp_is_tried_by_descriptors_and_through_pointers(interpreted, monkeypatch):
+    only(monkeypatch, "damped_sine_mlp")
+    module = sys.modules["psann_kernels.damped_sine_mlp_triton"]
+    ways, choose = set(), module.chosen
+
+    def recorded(by_pointers, by_descriptors, a, b):
+        tile, is_described = choose(by_pointers, by_descriptors, a, b)
+        ways.add((by_pointers is module.FORWARD, is_described))
+        return tile, is_described
+
+    monkeypatch.setattr(module, "chosen", recorded)
+    assert self_test(again=True) == {"damped_sine_mlp": "passed"}
+    assert ways == {(is_forward, is_described) for is_forward in (True, False) for is_described in (True, False)}
+
+
 def test_a_wrong_gradient_is_found_and_refused(interpreted, monkeypatch):
     only(monkeypatch, "rope_attention", "rms_norm")
     spoil(monkeypatch, "rope_attention", WrongGradient.apply)

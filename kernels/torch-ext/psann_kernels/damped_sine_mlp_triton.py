@@ -3,8 +3,10 @@
 Forward is a matrix product whose epilogue takes the sine, so that z is written only if a backward will read it: 2 * tokens * F bytes
 saved beside a product and a sine, and a second time without gradients. The MLP's backward makes dz, db1 and the three sine gradients in
 the epilogue of dy @ w2, whose output is then never written; sums over tokens are a row of partial sums a tile of tokens and one small
-sum, in a fixed order. The other products are torch's own. Tiles in four stages take 64 KiB at most, which every target holds; backward's
-are half as wide, because its epilogue keeps six numbers an element.
+sum, in a fixed order. The other products are torch's own.
+
+An epilogue takes its tile in PARTS, ranges of columns one after another, so that only one part's numbers are in registers beside the
+product. On sm_90 and sm_100 the products read by descriptors, elsewhere, and where a row repeats, through pointers.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from torch import Tensor
 
 from .damped_sine_mlp import offer_fused
 from .damped_sine_triton import damped_sine_triton_backward, gradients_of_sine, sine_of
+from .descriptor_triton import described, has_tma, is_describable
 from .library import cast_dtype, define
 from .rope_attention_tiles_triton import load_operand
 from .triton_support import (
+    INTERPRET,
     Configuration,
     as_rows,
     narrow,
@@ -29,9 +33,15 @@ from .triton_support import (
     widen,
 )
 
-FORWARD = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}
-BACKWARD = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}
-LAUNCH = {"num_warps": 8, "num_stages": 4}
+# Through pointers: 64 KiB in four stages, which every target holds; backward's tiles are half as wide, as its epilogue keeps six numbers
+# an element.
+FORWARD = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "PARTS": 4, "num_warps": 8, "num_stages": 4}
+BACKWARD = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "PARTS": 2, "num_warps": 8, "num_stages": 4}
+# By descriptors: 96 KiB and so few registers that a multiprocessor of sm_90 holds two programs (the gate asserts it), of which one can
+# multiply while the other is in its epilogue. Tiles of 128 by 256 would read less, but fill a multiprocessor (192 KiB, more than 220
+# registers), whose tensor cores are then idle in every epilogue: a large share of a product over the few columns for which fusing is meant.
+DESCRIBED_FORWARD = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "PARTS": 4, "num_warps": 8, "num_stages": 3}
+DESCRIBED_BACKWARD = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "PARTS": 4, "num_warps": 4, "num_stages": 4}
 # Row tiles that run beside each other over all column tiles, so that the second-level cache serves both operands again.
 GROUP = 8
 # Widths are a multiple of this many elements, so that every row begins at whole 32 bytes and tiles are read 16 bytes at a time.
@@ -40,88 +50,165 @@ WHOLE = 16
 
 @triton.jit
 def _tile(rows, features, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Row tile, rows (BLOCK_M,), columns (BLOCK_N,) of this program."""
+    """Row tile, first row and first column of this program, int64."""
     program = tl.program_id(0).to(tl.int64)
     row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M).to(tl.int64), tl.cdiv(features, BLOCK_N).to(tl.int64)
     first = program // (GROUP * column_tiles) * GROUP
     count = tl.minimum(row_tiles - first, GROUP)
     within = program % (GROUP * column_tiles)
     row_tile = first + within % count
-    return row_tile, row_tile * BLOCK_M + tl.arange(0, BLOCK_M), within // count * BLOCK_N + tl.arange(0, BLOCK_N)
+    return row_tile, row_tile * BLOCK_M, within // count * BLOCK_N
 
 
 @triton.jit
 def _product(
-    a_ptr, b_ptr, r, c, rows, features, inner, a_stride, b_inner, b_column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    a_ptr, b_ptr, row, column, rows, features, inner, a_stride, b_stride, IS_TRANSPOSED: tl.constexpr, IS_DESCRIBED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Rows r of a (rows, inner) times columns c of b, whose element (k, c) lies at k * b_inner + c * b_column."""
+    """The tile (BLOCK_M, BLOCK_N) from `row` and `column` on, float32, of a (rows, inner) times b (inner, features).
+
+    a_ptr, b_ptr    pointers, or with IS_DESCRIBED descriptors
+    IS_TRANSPOSED   b lies in memory as (features, inner)
+    """
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    k = tl.arange(0, BLOCK_K).to(tl.int64)
-    for _ in range(0, inner, BLOCK_K):
-        a = load_operand(a_ptr + r[:, None] * a_stride + k[None, :], (r < rows)[:, None] & (k < inner)[None, :])
-        b = load_operand(b_ptr + k[:, None] * b_inner + c[None, :] * b_column, (k < inner)[:, None] & (c < features)[None, :])
-        total = tl.dot(a, b, total, input_precision="ieee")
-        k += BLOCK_K
+    if IS_DESCRIBED:
+        r, c = row.to(tl.int32), column.to(tl.int32)
+        for k in range(0, inner, BLOCK_K):
+            a = a_ptr.load([r, k])
+            b = b_ptr.load([c, k]).T if IS_TRANSPOSED else b_ptr.load([k, c])
+            if INTERPRET:
+                a, b = widen(a), widen(b)
+            total = tl.dot(a, b, total, input_precision="ieee")
+    else:
+        r, c = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+        b_inner, b_column = (1, b_stride) if IS_TRANSPOSED else (b_stride, 1)
+        k = tl.arange(0, BLOCK_K).to(tl.int64)
+        for _ in range(0, inner, BLOCK_K):
+            a = load_operand(a_ptr + r[:, None] * a_stride + k[None, :], (r < rows)[:, None] & (k < inner)[None, :])
+            b = load_operand(b_ptr + k[:, None] * b_inner + c[None, :] * b_column, (k < inner)[:, None] & (c < features)[None, :])
+            total = tl.dot(a, b, total, input_precision="ieee")
+            k += BLOCK_K
     return total
+
+
+@triton.jit
+def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of x (ROWS, COLUMNS)."""
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _finish_forward(
+    z, row, column, bias_ptr, amplitude_ptr, frequency_ptr, damping_ptr, z_ptr, y_ptr, rows, features,
+    MODE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Bias and sine of a tile z (ROWS, COLUMNS), from `row` and `column` on, in PARTS column ranges one after another."""
+    if PARTS > 1:
+        left, right = _halves(z, ROWS, COLUMNS)
+        _finish_forward(
+            left, row, column, bias_ptr, amplitude_ptr, frequency_ptr, damping_ptr, z_ptr, y_ptr, rows, features,
+            MODE, ROWS, COLUMNS // 2, PARTS // 2,
+        )  # fmt: skip
+        _finish_forward(
+            right, row, column + COLUMNS // 2, bias_ptr, amplitude_ptr, frequency_ptr, damping_ptr, z_ptr, y_ptr, rows, features,
+            MODE, ROWS, COLUMNS // 2, PARTS // 2,
+        )  # fmt: skip
+    else:
+        dtype: tl.constexpr = y_ptr.dtype.element_ty
+        r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        inside = c < features
+        here = (r < rows)[:, None] & inside[None, :]
+        if bias_ptr is not None:
+            z += widen(tl.load(bias_ptr + c, mask=inside, other=0.0))[None, :]
+        # Rounded even where it is not kept, so that asking for gradients does not change the result.
+        rounded = narrow(z, dtype)
+        if z_ptr is not None:
+            tl.store(z_ptr + r[:, None] * features + c[None, :], rounded, mask=here)
+
+        amplitude = tl.load(amplitude_ptr + c, mask=inside, other=0.0)[None, :]
+        damping = tl.load(damping_ptr + c, mask=inside, other=0.0)[None, :]
+        high, low = split_turns(tl.load(frequency_ptr + c, mask=inside, other=0.0)[None, :])
+        y = sine_of(widen(rounded), amplitude, high, low, damping, MODE, dtype)
+        tl.store(y_ptr + r[:, None] * features + c[None, :], narrow(y, dtype), mask=here)
 
 
 @triton.jit
 def _forward_kernel(
     x_ptr, w_ptr, bias_ptr, amplitude_ptr, frequency_ptr, damping_ptr, z_ptr, y_ptr, rows, features, inner, x_stride, w_stride,
-    MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    MODE: tl.constexpr, IS_DESCRIBED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    _, r, c = _tile(rows, features, BLOCK_M, BLOCK_N, GROUP)
-    inside = c < features
-    here = (r < rows)[:, None] & inside[None, :]
-    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    _, row, column = _tile(rows, features, BLOCK_M, BLOCK_N, GROUP)
+    z = _product(
+        x_ptr, w_ptr, row, column, rows, features, inner, x_stride, w_stride, True, IS_DESCRIBED, BLOCK_M, BLOCK_N, BLOCK_K
+    )  # fmt: skip
+    _finish_forward(
+        z, row, column, bias_ptr, amplitude_ptr, frequency_ptr, damping_ptr, z_ptr, y_ptr, rows, features,
+        MODE, BLOCK_M, BLOCK_N, PARTS,
+    )  # fmt: skip
 
-    z = _product(x_ptr, w_ptr, r, c, rows, features, inner, x_stride, 1, w_stride, BLOCK_M, BLOCK_N, BLOCK_K)
-    if bias_ptr is not None:
-        z += widen(tl.load(bias_ptr + c, mask=inside, other=0.0))[None, :]
-    # Rounded even where it is not kept, so that asking for gradients does not change the result.
-    rounded = narrow(z, dtype)
-    if z_ptr is not None:
-        tl.store(z_ptr + r[:, None] * features + c[None, :], rounded, mask=here)
 
-    amplitude = tl.load(amplitude_ptr + c, mask=inside, other=0.0)[None, :]
-    damping = tl.load(damping_ptr + c, mask=inside, other=0.0)[None, :]
-    high, low = split_turns(tl.load(frequency_ptr + c, mask=inside, other=0.0)[None, :])
-    z = widen(rounded)
-    y = sine_of(z, amplitude, high, low, damping, MODE, dtype)
-    tl.store(y_ptr + r[:, None] * features + c[None, :], narrow(y, dtype), mask=here)
+@triton.jit
+def _finish_backward(
+    dh, row, column, z_ptr, amplitude_ptr, frequency_ptr, damping_ptr, dz_ptr, partial_ptr, rows, features,
+    MODE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """dz and the sums over rows of a tile dh (ROWS, COLUMNS), as _finish_forward. partial_ptr is (4, features), of this row tile."""
+    if PARTS > 1:
+        left, right = _halves(dh, ROWS, COLUMNS)
+        _finish_backward(
+            left, row, column, z_ptr, amplitude_ptr, frequency_ptr, damping_ptr, dz_ptr, partial_ptr, rows, features,
+            MODE, ROWS, COLUMNS // 2, PARTS // 2,
+        )  # fmt: skip
+        _finish_backward(
+            right, row, column + COLUMNS // 2, z_ptr, amplitude_ptr, frequency_ptr, damping_ptr, dz_ptr, partial_ptr, rows, features,
+            MODE, ROWS, COLUMNS // 2, PARTS // 2,
+        )  # fmt: skip
+    else:
+        dtype: tl.constexpr = dz_ptr.dtype.element_ty
+        r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        inside = c < features
+        here = (r < rows)[:, None] & inside[None, :]
+        amplitude = tl.load(amplitude_ptr + c, mask=inside, other=0.0)[None, :]
+        frequency = tl.load(frequency_ptr + c, mask=inside, other=0.0)[None, :]
+        damping = tl.load(damping_ptr + c, mask=inside, other=0.0)[None, :]
+        high, low = split_turns(frequency)
+        z = widen(tl.load(z_ptr + r[:, None] * features + c[None, :], mask=here, other=0.0))
+        dz, ps, pc, g = gradients_of_sine(dh, z, high, low, damping, amplitude * frequency, amplitude * damping, MODE, dtype)
+        tl.store(dz_ptr + r[:, None] * features + c[None, :], narrow(dz, dtype), mask=here)
+
+        partial = partial_ptr + c
+        tl.store(partial, tl.sum(ps, 0), mask=inside)
+        tl.store(partial + features, tl.sum(z * pc, 0), mask=inside)
+        tl.store(partial + features + features, tl.sum(g * ps, 0), mask=inside)
+        tl.store(partial + features + features + features, tl.sum(dz, 0), mask=inside)
 
 
 @triton.jit
 def _backward_kernel(
     dy_ptr, w_ptr, z_ptr, amplitude_ptr, frequency_ptr, damping_ptr, dz_ptr, partial_ptr, rows, features, inner, dy_stride, w_stride,
-    MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    MODE: tl.constexpr, IS_DESCRIBED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     # w is (inner, features); partial_ptr is (row tiles, 4, features): of amplitude, frequency, damping, bias.
-    row_tile, r, c = _tile(rows, features, BLOCK_M, BLOCK_N, GROUP)
-    inside = c < features
-    here = (r < rows)[:, None] & inside[None, :]
-    dtype: tl.constexpr = dz_ptr.dtype.element_ty
-
-    dh = _product(dy_ptr, w_ptr, r, c, rows, features, inner, dy_stride, w_stride, 1, BLOCK_M, BLOCK_N, BLOCK_K)
-
-    amplitude = tl.load(amplitude_ptr + c, mask=inside, other=0.0)[None, :]
-    frequency = tl.load(frequency_ptr + c, mask=inside, other=0.0)[None, :]
-    damping = tl.load(damping_ptr + c, mask=inside, other=0.0)[None, :]
-    high, low = split_turns(frequency)
-    z = widen(tl.load(z_ptr + r[:, None] * features + c[None, :], mask=here, other=0.0))
-    dz, ps, pc, g = gradients_of_sine(dh, z, high, low, damping, amplitude * frequency, amplitude * damping, MODE, dtype)
-    tl.store(dz_ptr + r[:, None] * features + c[None, :], narrow(dz, dtype), mask=here)
-
-    partial = partial_ptr + row_tile * 4 * features + c
-    tl.store(partial, tl.sum(ps, 0), mask=inside)
-    tl.store(partial + features, tl.sum(z * pc, 0), mask=inside)
-    tl.store(partial + features + features, tl.sum(g * ps, 0), mask=inside)
-    tl.store(partial + features + features + features, tl.sum(dz, 0), mask=inside)
+    row_tile, row, column = _tile(rows, features, BLOCK_M, BLOCK_N, GROUP)
+    dh = _product(
+        dy_ptr, w_ptr, row, column, rows, features, inner, dy_stride, w_stride, False, IS_DESCRIBED, BLOCK_M, BLOCK_N, BLOCK_K
+    )  # fmt: skip
+    _finish_backward(
+        dh, row, column, z_ptr, amplitude_ptr, frequency_ptr, damping_ptr, dz_ptr, partial_ptr + row_tile * 4 * features, rows, features,
+        MODE, BLOCK_M, BLOCK_N, PARTS,
+    )  # fmt: skip
 
 
 def grid(rows: int, features: int, tile: dict[str, int]) -> tuple[int]:
     return (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(features, tile["BLOCK_N"]),)
+
+
+def chosen(by_pointers: dict[str, int], by_descriptors: dict[str, int], a: Tensor, b: Tensor) -> tuple[dict[str, int], bool]:
+    """The tile for a product of two matrices, and whether it reads them by descriptors."""
+    is_described = has_tma(a.device) and is_describable(a) and is_describable(b)
+    return (by_descriptors if is_described else by_pointers), is_described
 
 
 def aligned(t: Tensor) -> Tensor:
@@ -139,10 +226,13 @@ def _hidden(
     z = torch.empty((rows, features) if keeps_z else (0,), dtype=x.dtype, device=x.device)
     if y.numel():
         x, w = aligned(x), aligned(w)
-        _forward_kernel[grid(rows, features, FORWARD)](
-            x, w, None if b is None else b.contiguous(), amplitude.contiguous(), frequency.contiguous(), damping.contiguous(),
-            z if keeps_z else None, y, rows, features, x.shape[1], x.stride(0), w.stride(0), MODE=mode, GROUP=GROUP, **FORWARD, **LAUNCH,
-            enable_fp_fusion=True,
+        tile, is_described = chosen(FORWARD, DESCRIBED_FORWARD, x, w)
+        _forward_kernel[grid(rows, features, tile)](
+            described(x, [tile["BLOCK_M"], tile["BLOCK_K"]]) if is_described else x,
+            described(w, [tile["BLOCK_N"], tile["BLOCK_K"]]) if is_described else w,
+            None if b is None else b.contiguous(), amplitude.contiguous(), frequency.contiguous(), damping.contiguous(),
+            z if keeps_z else None, y, rows, features, x.shape[1], x.stride(0), w.stride(0),
+            MODE=mode, IS_DESCRIBED=is_described, GROUP=GROUP, **tile, enable_fp_fusion=True,
         )  # fmt: skip
     return y, z
 
@@ -174,13 +264,15 @@ def _mlp_backward(
     """dz (rows, F) and the gradients of amplitude, frequency, damping and b1, each (F,) float32."""
     rows, features = z.shape
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    tiles = triton.cdiv(rows, BACKWARD["BLOCK_M"])
-    partial = torch.empty((tiles, 4, features), dtype=torch.float32, device=z.device)
+    dy, w2 = aligned(dy), aligned(w2)
+    tile, is_described = chosen(BACKWARD, DESCRIBED_BACKWARD, dy, w2)
+    partial = torch.empty((triton.cdiv(rows, tile["BLOCK_M"]), 4, features), dtype=torch.float32, device=z.device)
     if z.numel():
-        dy, w2 = aligned(dy), aligned(w2)
-        _backward_kernel[grid(rows, features, BACKWARD)](
-            dy, w2, z, amplitude.contiguous(), frequency.contiguous(), damping.contiguous(), dz, partial, rows, features, dy.shape[1],
-            dy.stride(0), w2.stride(0), MODE=mode, GROUP=GROUP, **BACKWARD, **LAUNCH, enable_fp_fusion=True,
+        _backward_kernel[grid(rows, features, tile)](
+            described(dy, [tile["BLOCK_M"], tile["BLOCK_K"]]) if is_described else dy,
+            described(w2, [tile["BLOCK_K"], tile["BLOCK_N"]]) if is_described else w2,
+            z, amplitude.contiguous(), frequency.contiguous(), damping.contiguous(), dz, partial, rows, features, dy.shape[1],
+            dy.stride(0), w2.stride(0), MODE=mode, IS_DESCRIBED=is_described, GROUP=GROUP, **tile, enable_fp_fusion=True,
         )  # fmt: skip
     sums = partial.sum(0)
     return dz, sums[0].clone(), amplitude * sums[1], -amplitude * sums[2], sums[3].clone()
@@ -240,22 +332,35 @@ mlp = define(
 
 
 def configurations() -> list[Configuration]:
-    """With z and without, the widest envelope; float16 compiles like bfloat16."""
+    """With z and without, the widest envelope; float16 compiles like bfloat16. Where most calls read by descriptors, the form through
+    pointers is listed once in each direction, with z, as that takes more of everything."""
     types = {f"{parameter}_ptr": "*fp32:16" for parameter in ("amplitude", "frequency", "damping", "partial")} | {"rows": "i32"}
+    tma, others = ("sm_90", "sm_100"), ("sm_80", "sm_120", "gfx942")
 
-    def one(kernel: Any, name: str, tile: dict[str, int], **absent: None) -> Configuration:
-        constants = {"MODE": "abs", "GROUP": GROUP, **tile, **absent}
+    def one(
+        kernel: Any, name: str, tile: dict[str, int], targets: tuple[str, ...] | None, blocks: dict[str, str] | None = None, **absent: None
+    ) -> Configuration:
+        constants = {"MODE": "abs", "IS_DESCRIBED": blocks is not None, "GROUP": GROUP, **tile, **absent}
+        launch = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
+        own = types
+        for argument, sides in (blocks or {}).items():
+            own = own | {argument: f"tensordesc<bf16[{','.join(str(tile['BLOCK_' + side]) for side in sides)}]>"}
         signature = {
-            argument: types.get(argument, "*bf16:16" if argument.endswith("_ptr") else "i32:16")
+            argument: own.get(argument, "*bf16:16" if argument.endswith("_ptr") else "i32:16")
             for argument in kernel.arg_names
             if argument not in constants
         }
-        return Configuration(kernel, signature, constants, name=f"damped_sine_mlp {name}", **LAUNCH)
+        form = "" if blocks is None else " by descriptors"
+        return Configuration(kernel, signature, constants, name=f"damped_sine_mlp {name}{form}", targets=targets, **launch)
 
+    forward, backward = {"x_ptr": "MK", "w_ptr": "NK"}, {"dy_ptr": "MK", "w_ptr": "KN"}
     return [
-        one(_forward_kernel, "forward bf16", FORWARD),
-        one(_forward_kernel, "forward bf16 without z", FORWARD, z_ptr=None),
-        one(_backward_kernel, "backward bf16", BACKWARD),
+        one(_forward_kernel, "forward bf16", FORWARD, None),
+        one(_forward_kernel, "forward bf16 without z", FORWARD, others, z_ptr=None),
+        one(_backward_kernel, "backward bf16", BACKWARD, None),
+        one(_forward_kernel, "forward bf16", DESCRIBED_FORWARD, tma, forward),
+        one(_forward_kernel, "forward bf16 without z", DESCRIBED_FORWARD, tma, forward, z_ptr=None),
+        one(_backward_kernel, "backward bf16", DESCRIBED_BACKWARD, tma, backward),
     ]
 
 

@@ -134,6 +134,11 @@ def _cases() -> list[Case]:
         # Rows of no whole 16 bytes, so that sm_90 and sm_100 take the kernels without tensor descriptors.
         return rope_attention(*(t[..., :64] for t in wide), backend=backend)
 
+    def from_repeated_rows(backend: str, x: Tensor, w1: Tensor, b1: Tensor, a: Tensor, f: Tensor, d: Tensor, w2: Tensor) -> Tensor:
+        # A stride of 0, so that sm_90 and sm_100 take both fused kernels without tensor descriptors.
+        x, w2 = x[:1].expand(x.shape), w2[:1].expand(w2.shape)
+        return damped_sine_mlp(x, w1, b1, a, f, d, w2, None, fused=backend == "triton", backend=backend)
+
     half = torch.bfloat16
     table, lengths, offsets = (torch.tensor(t, dtype=torch.int32) for t in ([[2, 0], [1, 3]], [9, 25], [0, 1, 4]))
     mlp = [draw(40, 32, dtype=half), draw(64, 32, dtype=half, scale=0.2), draw(64, dtype=half), *sine(64), draw(32, 64, dtype=half, scale=0.2)]
@@ -168,6 +173,7 @@ def _cases() -> list[Case]:
         (
             "damped_sine_mlp", half, lambda backend, *a: damped_sine_mlp(*a, None, fused=backend == "triton", backend=backend), mlp, 7,
         ),
+        ("damped_sine_mlp", half, from_repeated_rows, mlp, 7),
         (
             "linear_damped_sine", half, lambda backend, *a: linear_damped_sine(*a, fused=backend == "triton", backend=backend), mlp[:6], 6,
         ),
