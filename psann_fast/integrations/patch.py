@@ -47,8 +47,8 @@ class Report:
 
 
 def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False, dry_run: bool = False) -> Report:
-    """Replace what our kernels compute in `model`, this instance alone, by our kernels. Parameters, names,
-    hooks and state dict stay.
+    """Replace what our kernels compute in `model`, this instance alone, by our kernels.
+    Parameters, names, hooks and state dict stay.
 
     backend   "auto", "triton", "native" or "torch"; an op that the backend does not implement at all runs as under "auto"
     strict    raise PatchError, changing nothing, if a module of a known kind cannot be replaced
