@@ -103,8 +103,8 @@ class Result:
 
     @property
     def resident(self) -> int:
-        """Programs that a multiprocessor of sm_90 holds at a time: 64 Ki registers, given to a warp by 256, and 228 KiB, of which each
-        program takes one more."""
+        """Programs that a multiprocessor of sm_90 holds at a time: 64 Ki registers, given to a warp by 256, and 228 KiB, of which
+        each program takes one more."""
         return min(65536 // (-(-self.registers // 8) * 8 * 32 * self.warps), 233472 // (self.shared + 1024))
 
     def faults(self) -> list[str]:
@@ -215,7 +215,8 @@ def compile_one(configuration: Any, target_name: str) -> Result:
         target=GPUTarget(target.backend, target.arch, target.warp),
         options=options,
     )
-    result = Result(configuration.name, target_name, triton.__version__, shared=compiled.metadata.shared, warps=configuration.num_warps)
+    result = Result(configuration.name, target_name, triton.__version__)
+    result.shared, result.warps = compiled.metadata.shared, configuration.num_warps
     text = compiled.asm.get("ttir", "")
     result.unsafe = ttir.unsafe_addresses(text)
     result.dots = [dataclasses.asdict(dot) for dot in ttir.dots(text)]

@@ -1,12 +1,13 @@
-"""Triton twin of damped_sine_mlp and linear_damped_sine, for calls with fused=True. Read damped_sine_mlp.py and damped_sine_triton.py first.
+"""Triton twin of damped_sine_mlp and linear_damped_sine, for calls with fused=True. Read damped_sine_mlp.py and
+damped_sine_triton.py first.
 
-Forward is a matrix product whose epilogue takes the sine, so that z is written only if a backward will read it: 2 * tokens * F bytes
-saved beside a product and a sine, and a second time without gradients. The MLP's backward makes dz, db1 and the three sine gradients in
-the epilogue of dy @ w2, whose output is then never written; sums over tokens are a row of partial sums a tile of tokens and one small
-sum, in a fixed order. The other products are torch's own.
+Forward is a matrix product whose epilogue takes the sine, so that z is written only if a backward will read it: 2 * tokens * F
+bytes saved beside a product and a sine, and a second time without gradients. The MLP's backward makes dz, db1 and the three sine
+gradients in the epilogue of dy @ w2, whose output is then never written; sums over tokens are a row of partial sums a tile of
+tokens and one small sum, in a fixed order. The other products are torch's own.
 
-An epilogue takes its tile in PARTS, ranges of columns one after another, so that only one part's numbers are in registers beside the
-product. On sm_90 and sm_100 the products read by descriptors, elsewhere, and where a row repeats, through pointers.
+An epilogue takes its tile in PARTS, ranges of columns one after another, so that only one part's numbers are in registers beside
+the product. On sm_90 and sm_100 the products read by descriptors, elsewhere, and where a row repeats, through pointers.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ from .triton_support import (
     widen,
 )
 
-# Through pointers: 64 KiB in four stages, which every target holds; backward's tiles are half as wide, as its epilogue keeps six numbers
-# an element.
+# Through pointers: 64 KiB in four stages, which every target holds; backward's tiles are half as wide, as its epilogue keeps six
+# numbers an element.
 FORWARD = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "PARTS": 4, "num_warps": 8, "num_stages": 4}
 BACKWARD = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "PARTS": 2, "num_warps": 8, "num_stages": 4}
-# By descriptors: 96 KiB and so few registers that a multiprocessor of sm_90 holds two programs (the gate asserts it), of which one can
-# multiply while the other is in its epilogue. Tiles of 128 by 256 would read less, but fill a multiprocessor (192 KiB, more than 220
-# registers), whose tensor cores are then idle in every epilogue: a large share of a product over the few columns for which fusing is meant.
+# By descriptors: 96 KiB and so few registers that a multiprocessor of sm_90 holds two programs (the gate asserts it), of which one
+# can multiply while the other is in its epilogue. Tiles of 128 by 256 would read less, but fill a multiprocessor (192 KiB, more
+# than 220 registers), whose tensor cores are then idle in every epilogue: by arithmetic, not measured, a large share of a product
+# over the few columns for which fusing is meant.
 DESCRIBED_FORWARD = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "PARTS": 4, "num_warps": 8, "num_stages": 3}
 DESCRIBED_BACKWARD = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "PARTS": 4, "num_warps": 4, "num_stages": 4}
 # Row tiles that run beside each other over all column tiles, so that the second-level cache serves both operands again.
@@ -153,7 +155,7 @@ def _finish_backward(
     dh, row, column, z_ptr, amplitude_ptr, frequency_ptr, damping_ptr, dz_ptr, partial_ptr, rows, features,
     MODE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """dz and the sums over rows of a tile dh (ROWS, COLUMNS), as _finish_forward. partial_ptr is (4, features), of this row tile."""
+    """dz and the sums over rows of a tile dh (ROWS, COLUMNS), as _finish_forward. partial_ptr is this row tile's (4, features)."""
     if PARTS > 1:
         left, right = _halves(dh, ROWS, COLUMNS)
         _finish_backward(
@@ -161,8 +163,8 @@ def _finish_backward(
             MODE, ROWS, COLUMNS // 2, PARTS // 2,
         )  # fmt: skip
         _finish_backward(
-            right, row, column + COLUMNS // 2, z_ptr, amplitude_ptr, frequency_ptr, damping_ptr, dz_ptr, partial_ptr, rows, features,
-            MODE, ROWS, COLUMNS // 2, PARTS // 2,
+            right, row, column + COLUMNS // 2, z_ptr, amplitude_ptr, frequency_ptr, damping_ptr, dz_ptr, partial_ptr, rows,
+            features, MODE, ROWS, COLUMNS // 2, PARTS // 2,
         )  # fmt: skip
     else:
         dtype: tl.constexpr = dz_ptr.dtype.element_ty
@@ -186,8 +188,8 @@ def _finish_backward(
 
 @triton.jit
 def _backward_kernel(
-    dy_ptr, w_ptr, z_ptr, amplitude_ptr, frequency_ptr, damping_ptr, dz_ptr, partial_ptr, rows, features, inner, dy_stride, w_stride,
-    MODE: tl.constexpr, IS_DESCRIBED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    dy_ptr, w_ptr, z_ptr, amplitude_ptr, frequency_ptr, damping_ptr, dz_ptr, partial_ptr, rows, features, inner, dy_stride,
+    w_stride, MODE: tl.constexpr, IS_DESCRIBED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     # w is (inner, features); partial_ptr is (row tiles, 4, features): of amplitude, frequency, damping, bias.
@@ -196,8 +198,8 @@ def _backward_kernel(
         dy_ptr, w_ptr, row, column, rows, features, inner, dy_stride, w_stride, False, IS_DESCRIBED, BLOCK_M, BLOCK_N, BLOCK_K
     )  # fmt: skip
     _finish_backward(
-        dh, row, column, z_ptr, amplitude_ptr, frequency_ptr, damping_ptr, dz_ptr, partial_ptr + row_tile * 4 * features, rows, features,
-        MODE, BLOCK_M, BLOCK_N, PARTS,
+        dh, row, column, z_ptr, amplitude_ptr, frequency_ptr, damping_ptr, dz_ptr, partial_ptr + row_tile * 4 * features, rows,
+        features, MODE, BLOCK_M, BLOCK_N, PARTS,
     )  # fmt: skip
 
 
@@ -237,7 +239,9 @@ def _hidden(
     return y, z
 
 
-def _hidden_fake(x: Tensor, w: Tensor, b: Tensor | None, a: Tensor, f: Tensor, d: Tensor, mode: str, keeps_z: bool) -> tuple[Tensor, Tensor]:
+def _hidden_fake(
+    x: Tensor, w: Tensor, b: Tensor | None, a: Tensor, f: Tensor, d: Tensor, mode: str, keeps_z: bool
+) -> tuple[Tensor, Tensor]:
     shape = x.shape[0], w.shape[0]
     return x.new_empty(shape), x.new_empty(shape if keeps_z else (0,))
 
@@ -302,15 +306,17 @@ hidden = define(
     _hidden, _hidden_fake, _differentiate_hidden, _setup_hidden,
 )  # fmt: skip
 mlp_backward = define(
-    f"damped_sine_mlp_triton_backward(Tensor dy, Tensor w2, Tensor z, {_SINE}, str mode) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"damped_sine_mlp_triton_backward(Tensor dy, Tensor w2, Tensor z, {_SINE}, str mode)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _mlp_backward,
     lambda dy, w2, z, a, f, d, mode: (z.new_empty(z.shape), *(z.new_empty(z.shape[1:], dtype=torch.float32) for _ in range(4))),
 )
 
 
 def _mlp(
-    x: Tensor, w1: Tensor, b1: Tensor | None, a: Tensor, f: Tensor, d: Tensor, w2: Tensor, b2: Tensor | None, mode: str, keeps_z: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, w1: Tensor, b1: Tensor | None, a: Tensor, f: Tensor, d: Tensor, w2: Tensor, b2: Tensor | None, mode: str,
+    keeps_z: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     h, z = _hidden(x, w1, b1, a, f, d, mode, keeps_z)
     with torch.autocast(x.device.type, enabled=False):
         y = torch.nn.functional.linear(h, w2, b2)
@@ -318,8 +324,9 @@ def _mlp(
 
 
 def _mlp_fake(
-    x: Tensor, w1: Tensor, b1: Tensor | None, a: Tensor, f: Tensor, d: Tensor, w2: Tensor, b2: Tensor | None, mode: str, keeps_z: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, w1: Tensor, b1: Tensor | None, a: Tensor, f: Tensor, d: Tensor, w2: Tensor, b2: Tensor | None, mode: str,
+    keeps_z: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     kept = (x.shape[0], w1.shape[0]) if keeps_z else (0,)
     return x.new_empty((x.shape[0], w2.shape[0])), x.new_empty(kept), x.new_empty(kept)
 
@@ -332,14 +339,15 @@ mlp = define(
 
 
 def configurations() -> list[Configuration]:
-    """With z and without, the widest envelope; float16 compiles like bfloat16. Where most calls read by descriptors, the form through
-    pointers is listed once in each direction, with z, as that takes more of everything."""
+    """With z and without, the widest envelope; float16 compiles like bfloat16. Where most calls read by descriptors, the form
+    through pointers is listed once in each direction, with z."""
     types = {f"{parameter}_ptr": "*fp32:16" for parameter in ("amplitude", "frequency", "damping", "partial")} | {"rows": "i32"}
     tma, others = ("sm_90", "sm_100"), ("sm_80", "sm_120", "gfx942")
 
     def one(
-        kernel: Any, name: str, tile: dict[str, int], targets: tuple[str, ...] | None, blocks: dict[str, str] | None = None, **absent: None
-    ) -> Configuration:
+        kernel: Any, name: str, tile: dict[str, int], targets: tuple[str, ...] | None, blocks: dict[str, str] | None = None,
+        **absent: None,
+    ) -> Configuration:  # fmt: skip
         constants = {"MODE": "abs", "IS_DESCRIBED": blocks is not None, "GROUP": GROUP, **tile, **absent}
         launch = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
         own = types
