@@ -449,6 +449,16 @@ def test_which_gpus_read_by_descriptors(capability, hip, expected, monkeypatch):
     assert descriptor_triton.has_tma(torch.device("cuda", 0)) is expected
 
 
+def test_sm_100_has_tiles_of_its_own_that_do_not_spill(monkeypatch):
+    pytest.importorskip("triton")
+    from psann_kernels.rope_attention_triton import DESCRIBED_TILES, SM_100_TILES, described_tiles
+
+    for capability, expected in (((9, 0), DESCRIBED_TILES), ((10, 0), SM_100_TILES), ((10, 3), SM_100_TILES)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert described_tiles(torch.device("cuda", 0)) is expected
+    assert described_tiles(torch.device("cpu")) is DESCRIBED_TILES and SM_100_TILES.keys() == DESCRIBED_TILES.keys()
+
+
 def test_triton_library_op():
     serving("triton")
     from psann_kernels.rope_attention_backward_triton import rope_attention_triton_backward

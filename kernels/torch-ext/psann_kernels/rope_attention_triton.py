@@ -157,6 +157,15 @@ WARP_TILES: Tiles = {(128, False): Tile(128, 32, 8, 2)}
 # Of heads of 64, two programs share a multiprocessor (at most 128 registers a thread without options); of heads of 128 one has it
 # alone, and may have more shared memory than small GPUs have.
 DESCRIBED_TILES: Tiles = {(64, False): Tile(128, 64, 8, 3), (128, False): Tile(128, 128, 8, 2)}
+# On sm_100, tiles of 128 by 128 spill (Triton 3.9: 56 to 256 bytes a thread by descriptors, 104 to 424 through pointers), those of
+# 128 by 64 do not by descriptors (Triton 3.6 and 3.9), and by 8 bytes through pointers: so the tile is changed, not the way to read.
+SM_100_TILES: Tiles = {**DESCRIBED_TILES, (128, False): Tile(128, 64, 8, 2)}
+
+
+def described_tiles(device: torch.device) -> Tiles:
+    """The rows of which descriptors are made on `device`."""
+    is_sm_100 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
+    return SM_100_TILES if is_sm_100 else DESCRIBED_TILES
 
 
 def _forward(
@@ -174,7 +183,7 @@ def _forward(
     if q.numel() == 0:
         return o, lse, turned_k
     constants = variant(head_dim, cos, interleaved, start, width, alibi_slopes)
-    tile, is_described = chosen(TILES, WARP_TILES, DESCRIBED_TILES, constants["ROTARY"], k, v)
+    tile, is_described = chosen(TILES, WARP_TILES, described_tiles(q.device), constants["ROTARY"], k, v)
     (k, v), strides = memory(tile.keys, is_described, k, v)
     _forward_kernel[(triton.cdiv(queries, tile.queries) * batch * heads,)](
         q, k, v, cos, sin, start, alibi_slopes, o, lse, softmax_scale,
@@ -230,10 +239,15 @@ def configurations() -> list[Configuration]:
     ):
         for (width, _), tile in described_tiles.items():
             arguments = ("q_ptr", "do_ptr") if kernel is backward.dk_dv_kernel else ("k_ptr", "v_ptr")
-            rows = dict.fromkeys(arguments, tile.queries if kernel is backward.dk_dv_kernel else tile.keys)
-            for form, options in (("full", full), ("plain", plain)):
-                name = f"{form} by descriptors"
-                found.append(configuration(kernel, name, "bf16", width, tile, options, ("sm_90", "sm_100"), described=rows))
+            on_sm_100 = SM_100_TILES[(width, False)] if kernel is _forward_kernel else tile
+            both = [("", tile, ("sm_90", "sm_100"))]
+            if on_sm_100 != tile:
+                both = [("", tile, ("sm_90",)), (" on sm_100", on_sm_100, ("sm_100",))]
+            for where, own, targets in both:
+                rows = dict.fromkeys(arguments, own.queries if kernel is backward.dk_dv_kernel else own.keys)
+                for form, options in (("full", full), ("plain", plain)):
+                    name = f"{form} by descriptors{where}"
+                    found.append(configuration(kernel, name, "bf16", width, own, options, targets, described=rows))
         for (width, is_float32), tile in tiles.items():
             dtype = "fp32" if is_float32 else "bf16"
             own = warp_tiles.get((width, is_float32))
