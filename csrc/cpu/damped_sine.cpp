@@ -25,13 +25,15 @@ constexpr int ROWS = 2, BACKWARD_ROWS = 2;
 constexpr int64_t PIECE_ROWS = 96;
 
 // What the short way does not serve: a part of a vector, or a lane that needs care.
-template <class T, int MODE> static __attribute__((noinline)) void forward_carefully(const Tile& t, int64_t c, int64_t lanes, const T* z, T* y) {
+template <class T, int MODE>
+static __attribute__((noinline)) void forward_carefully(const Tile& t, int64_t c, int64_t lanes, const T* z, T* y) {
     Float in[1] = {lanes == WIDTH ? load(z) : load(z, lanes)}, out[1];
     forward_vectors<MODE, false>(t, c, in, out);
     lanes == WIDTH ? store(y, out[0]) : store(y, out[0], lanes);
 }
 
-template <class T, int MODE, int R> static void forward_rows(const Tile& t, const T* z, T* y, int64_t columns, int64_t z_stride, int64_t y_stride) {
+template <class T, int MODE, int R>
+static void forward_rows(const Tile& t, const T* z, T* y, int64_t columns, int64_t z_stride, int64_t y_stride) {
     int64_t c = 0;
     for (; c + WIDTH <= columns; c += WIDTH) {
         Float in[R], out[R];
@@ -47,9 +49,11 @@ template <class T, int MODE, int R> static void forward_rows(const Tile& t, cons
     if (c < columns) EACH(R) forward_carefully<T, MODE>(t, c, columns - c, z + i * z_stride + c, y + i * y_stride + c);
 }
 
-template <class T, int MODE> static void forward_tile(const Tile& t, const T* z, T* y, int64_t rows, int64_t columns, int64_t z_stride, int64_t y_stride) {
+template <class T, int MODE>
+static void forward_tile(const Tile& t, const T* z, T* y, int64_t rows, int64_t columns, int64_t z_stride, int64_t y_stride) {
     int64_t r = 0;
-    for (; r + ROWS <= rows; r += ROWS) forward_rows<T, MODE, ROWS>(t, z + r * z_stride, y + r * y_stride, columns, z_stride, y_stride);
+    for (; r + ROWS <= rows; r += ROWS)
+        forward_rows<T, MODE, ROWS>(t, z + r * z_stride, y + r * y_stride, columns, z_stride, y_stride);
     for (; r < rows; r++) forward_rows<T, MODE, 1>(t, z + r * z_stride, y + r * y_stride, columns, z_stride, y_stride);
 }
 
@@ -72,7 +76,8 @@ template <class T, int MODE> static void forward(const DampedSineForward& a) {
         int64_t columns = a.features - column < tile ? a.features - column : tile;
         Tile t;
         t.fill(a.amplitude + column, a.frequency + column, a.damping + column, columns);
-        forward_tile<T, MODE>(t, z + row * a.z_stride + column, y + row * a.features + column, rows, columns, a.z_stride, a.features);
+        forward_tile<T, MODE>(t, z + row * a.z_stride + column, y + row * a.features + column, rows, columns, a.z_stride,
+            a.features);
     });
 }
 
@@ -87,7 +92,9 @@ template <int MODE> INLINE void add(Sums& sums, int64_t c, const Gradient& g) {
     if constexpr (MODE != NONE) store(sums.damping + c, load(sums.damping + c) + g.damping);
 }
 
-template <class T, int MODE> static __attribute__((noinline)) Gradient backward_carefully(const Tile& t, int64_t c, int64_t lanes, const T* z, const T* dy, T* dz) {
+template <class T, int MODE>
+static __attribute__((noinline)) Gradient backward_carefully(const Tile& t, int64_t c, int64_t lanes, const T* z, const T* dy,
+                                                             T* dz) {
     Float in[1] = {lanes == WIDTH ? load(z) : load(z, lanes)}, down[1] = {lanes == WIDTH ? load(dy) : load(dy, lanes)};
     Gradient out[1];
     backward_vectors<MODE, false>(t, c, in, down, out);
@@ -95,11 +102,14 @@ template <class T, int MODE> static __attribute__((noinline)) Gradient backward_
     return out[0];
 }
 
-template <class T, int MODE, int R> static void backward_rows(
-    const Tile& t, Sums& sums, const T* z, const T* dy, T* dz, int64_t columns, int64_t z_stride, int64_t dy_stride, int64_t dz_stride) {
+template <class T, int MODE, int R>
+static void backward_rows(const Tile& t, Sums& sums, const T* z, const T* dy, T* dz, int64_t columns,
+                          int64_t z_stride, int64_t dy_stride, int64_t dz_stride) {
     int64_t c = 0;
     auto carefully = [&](int64_t lanes) {
-        EACH(R) add<MODE>(sums, c, backward_carefully<T, MODE>(t, c, lanes, z + i * z_stride + c, dy + i * dy_stride + c, dz + i * dz_stride + c));
+        EACH(R)
+            add<MODE>(sums, c, backward_carefully<T, MODE>(t, c, lanes, z + i * z_stride + c, dy + i * dy_stride + c,
+                dz + i * dz_stride + c));
     };
     for (; c + WIDTH <= columns; c += WIDTH) {
         Float in[R], down[R];
@@ -116,12 +126,16 @@ template <class T, int MODE, int R> static void backward_rows(
     if (c < columns) carefully(columns - c);
 }
 
-template <class T, int MODE> static void backward_tile(
-    const Tile& t, Sums& sums, const T* z, const T* dy, T* dz, int64_t rows, int64_t columns, int64_t z_stride, int64_t dy_stride, int64_t dz_stride) {
+template <class T, int MODE>
+static void backward_tile(const Tile& t, Sums& sums, const T* z, const T* dy, T* dz, int64_t rows, int64_t columns,
+                          int64_t z_stride, int64_t dy_stride, int64_t dz_stride) {
     int64_t r = 0;
     for (; r + BACKWARD_ROWS <= rows; r += BACKWARD_ROWS)
-        backward_rows<T, MODE, BACKWARD_ROWS>(t, sums, z + r * z_stride, dy + r * dy_stride, dz + r * dz_stride, columns, z_stride, dy_stride, dz_stride);
-    for (; r < rows; r++) backward_rows<T, MODE, 1>(t, sums, z + r * z_stride, dy + r * dy_stride, dz + r * dz_stride, columns, z_stride, dy_stride, dz_stride);
+        backward_rows<T, MODE, BACKWARD_ROWS>(t, sums, z + r * z_stride, dy + r * dy_stride, dz + r * dz_stride, columns, z_stride,
+            dy_stride, dz_stride);
+    for (; r < rows; r++)
+        backward_rows<T, MODE, 1>(t, sums, z + r * z_stride, dy + r * dy_stride, dz + r * dz_stride, columns, z_stride, dy_stride,
+            dz_stride);
 }
 
 static void add_sums(Sums& into, const Sums& from) {
@@ -152,8 +166,9 @@ template <class T, int MODE> static void backward(const DampedSineBackward& a) {
         Sums total = {};
         for (int64_t row = slab * slab_rows; row < end; row += BLOCK_ROWS) {
             Sums sums = {};
-            backward_tile<T, MODE>(t, sums, z + row * a.z_stride + column, dy + row * a.dy_stride + column, dz + row * a.features + column,
-                end - row < BLOCK_ROWS ? end - row : BLOCK_ROWS, columns, a.z_stride, a.dy_stride, a.features);
+            backward_tile<T, MODE>(t, sums, z + row * a.z_stride + column, dy + row * a.dy_stride + column,
+                dz + row * a.features + column, end - row < BLOCK_ROWS ? end - row : BLOCK_ROWS, columns, a.z_stride, a.dy_stride,
+                a.features);
             add_sums(total, sums);
         }
         float* out = partial.data + slab * 3 * a.features + column;

@@ -34,7 +34,8 @@ template <int R, class Tile> INLINE bool near(const Tile& t, int64_t c, const Fl
 }
 
 // factor * 2^x, x what the damping does to z.
-template <int MODE, bool IS_SHORT, int R, class Tile> INLINE void envelopes(const Tile& t, int64_t c, const Float (&z)[R], const Float (&factor)[R], Float (&out)[R]) {
+template <int MODE, bool IS_SHORT, int R, class Tile>
+INLINE void envelopes(const Tile& t, int64_t c, const Float (&z)[R], const Float (&factor)[R], Float (&out)[R]) {
     if constexpr (MODE == NONE) {
         EACH(R) out[i] = factor[i];
         return;
@@ -47,7 +48,8 @@ template <int MODE, bool IS_SHORT, int R, class Tile> INLINE void envelopes(cons
 }
 
 // y of R vectors z, all of the features c to c + WIDTH of the tile.
-template <int MODE, bool IS_SHORT, int R, class Tile> INLINE void forward_vectors(const Tile& t, int64_t c, const Float (&z)[R], Float (&y)[R]) {
+template <int MODE, bool IS_SHORT, int R, class Tile>
+INLINE void forward_vectors(const Tile& t, int64_t c, const Float (&z)[R], Float (&y)[R]) {
     if constexpr (HAS_FMA && IS_SHORT && MODE != NONE) {
         Float g[R];
         EACH(R) g[i] = damped_by<MODE>(z[i]);
@@ -68,7 +70,8 @@ struct Gradient {
     Float dz, amplitude, frequency, damping;
 };
 
-template <int MODE, class Tile> static __attribute__((noinline)) Gradient careful_backward(const Tile& t, int64_t c, Float z, Float dy, Gradient out) {
+template <int MODE, class Tile>
+static __attribute__((noinline)) Gradient careful_backward(const Tile& t, int64_t c, Float z, Float dy, Gradient out) {
     for (int i = 0; i < WIDTH; i++) {
         if (fabsf(z[i]) < t.far[c + i]) continue;
         double x = z[i], f = t.frequency[c + i], d = t.damping[c + i];
@@ -83,7 +86,8 @@ template <int MODE, class Tile> static __attribute__((noinline)) Gradient carefu
     return out;
 }
 
-template <int MODE, bool IS_SHORT, int R, class Tile> INLINE void backward_vectors(const Tile& t, int64_t c, const Float (&z)[R], const Float (&dy)[R], Gradient (&out)[R]) {
+template <int MODE, bool IS_SHORT, int R, class Tile>
+INLINE void backward_vectors(const Tile& t, int64_t c, const Float (&z)[R], const Float (&dy)[R], Gradient (&out)[R]) {
     Float p[R], r[R], ps[R], pc[R];
     Int flip[R];
     envelopes<MODE, IS_SHORT>(t, c, z, dy, p);

@@ -22,7 +22,8 @@ constexpr int64_t AHEAD = 4096;           // bytes that are asked for before the
 constexpr int STREAMS = 4;
 
 // Sums of R rows of x with S weight rows.
-template <int R, int S, class W> INLINE void dot(const float* x, int64_t x_stride, const W* weight, int64_t weight_stride, int64_t inputs, float (&out)[R][S]) {
+template <int R, int S, class W>
+INLINE void dot(const float* x, int64_t x_stride, const W* weight, int64_t weight_stride, int64_t inputs, float (&out)[R][S]) {
     Float sums[R][S][2] = {};
     auto add = [&](int64_t k, Float (&w)[S][2]) INLINE_LAMBDA {
         UNROLL for (int r = 0; r < R; r++) {
@@ -50,16 +51,19 @@ template <int R, int S, class W> INLINE void dot(const float* x, int64_t x_strid
     }
     UNROLL for (int r = 0; r < R; r++) {
         if constexpr (S == 4)
-            sum_each({sums[r][0][0] + sums[r][0][1], sums[r][1][0] + sums[r][1][1], sums[r][2][0] + sums[r][2][1], sums[r][3][0] + sums[r][3][1]}, out[r]);
+            sum_each({sums[r][0][0] + sums[r][0][1], sums[r][1][0] + sums[r][1][1],
+                      sums[r][2][0] + sums[r][2][1], sums[r][3][0] + sums[r][3][1]}, out[r]);
         else
             UNROLL for (int s = 0; s < S; s++) out[r][s] = sum(sums[r][s][0] + sums[r][s][1]);
     }
 }
 
 // The outputs `output`, output + step, ... of R rows.
-template <int R, int S, class T, class W> INLINE void outputs_of(const Linear& a, const float* x, int64_t x_stride, int64_t row, int64_t output, int64_t step) {
+template <int R, int S, class T, class W>
+INLINE void outputs_of(const Linear& a, const float* x, int64_t x_stride, int64_t row, int64_t output, int64_t step) {
     float sums[R][S];
-    dot<R, S>(x + row * x_stride, x_stride, static_cast<const W*>(a.weight) + output * a.weight_stride, step * a.weight_stride, a.inputs, sums);
+    dot<R, S>(x + row * x_stride, x_stride, static_cast<const W*>(a.weight) + output * a.weight_stride, step * a.weight_stride,
+        a.inputs, sums);
     for (int r = 0; r < R; r++) {
         for (int s = 0; s < S; s++) {
             int64_t n = output + s * step;
@@ -80,7 +84,8 @@ template <class T, class W> static void run(const Linear& a) {
         for (int64_t k = 0; k < x_stride; k++) to[place(k, static_cast<const W*>(nullptr))] = k < a.inputs ? scalar(from[k]) : 0.0f;
     }
     int threads = a.rows * a.inputs * a.outputs < GRAIN ? 1 : a.threads;
-    int64_t row_bytes = a.inputs * static_cast<int64_t>(sizeof(W)) + 1, most = PIECE_BYTES / row_bytes, share = a.outputs / (4 * threads);
+    int64_t row_bytes = a.inputs * static_cast<int64_t>(sizeof(W)) + 1, most = PIECE_BYTES / row_bytes;
+    int64_t share = a.outputs / (4 * threads);
     int64_t piece = ((share < most ? share : most) / STREAMS + 1) * STREAMS;
     parallel(threads, (a.outputs + piece - 1) / piece, [&](int64_t p) {
         int64_t end = (p + 1) * piece < a.outputs ? (p + 1) * piece : a.outputs, output = p * piece;

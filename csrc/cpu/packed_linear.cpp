@@ -1,14 +1,14 @@
 // A linear layer for any number of rows, from weights that were packed once; the definition is linear.py's reference.
 //
 // A panel holds PANEL outputs, input by input: (inputs, PANEL). A tile of up to TILE_ROWS rows of x and one panel keeps its sums in
-// registers; each weight that is loaded serves every row of the tile, each element of x that is loaded serves the whole panel. BLOCK
-// inputs of a panel stay in the first cache while all tiles of a chunk of rows use them; the next block is asked for meanwhile. Where
-// one or two rows leave registers free, several panels go together: more sums hide an addition's latency, and memory is read as
-// several streams.
+// registers; each weight that is loaded serves every row of the tile, each element of x that is loaded serves the whole panel.
+// BLOCK inputs of a panel stay in the first cache while all tiles of a chunk of rows use them; the next block is asked for
+// meanwhile. Where one or two rows leave registers free, several panels go together: more sums hide an addition's latency, and
+// memory is read as several streams.
 //
-// An output's products are added up in order within a block of inputs, and blocks in order, whatever else is computed beside it. So it
-// depends on its own row alone, bit for bit: not on how many rows there are, on the threads, or on the instruction set where all have
-// fma.
+// An output's products are added up in order within a block of inputs, and blocks in order, whatever else is computed beside it. So
+// it depends on its own row alone, bit for bit: not on how many rows there are, on the threads, or on the instruction set where all
+// have fma.
 #include "../kernels.h"
 #include "../memory.h"
 #include "../threads.h"
@@ -95,7 +95,8 @@ template <class W> struct Tile {
 };
 
 // A cache line is asked for at every fourth input. write_row(p, r, panel) writes the outputs of row r and panel p.
-template <int R, int P, bool WIDENS, class W, class Write> INLINE void add_products(const Tile<W>& t, float* sums, const Write& write_row) {
+template <int R, int P, bool WIDENS, class W, class Write>
+INLINE void add_products(const Tile<W>& t, float* sums, const Write& write_row) {
     Float s[P][R][VECTORS];
     UNROLL for (int p = 0; p < P; p++)
         UNROLL for (int r = 0; r < R; r++)
@@ -158,24 +159,29 @@ static void add_tile(const PackedLinear& a, int64_t row, int64_t rows, int64_t o
     if constexpr (R > 1) {
         if (rows < R) return add_tile<WEIGHT, WIDENS, R - 1>(a, row, rows, output, t, sums);
     }
-    add_products<R, 1, WIDENS>(t, sums, [&](int, int r, Float (&panel)[VECTORS]) INLINE_LAMBDA { write<WEIGHT>(a, row + r, output, panel); });
+    add_products<R, 1, WIDENS>(t, sums,
+        [&](int, int r, Float (&panel)[VECTORS]) INLINE_LAMBDA { write<WEIGHT>(a, row + r, output, panel); });
 }
 
 // P panels, `step` apart, for the R rows that there are.
-template <int R, int P, class W> INLINE void few_rows(const PackedLinear& a, const float* x, int64_t x_stride, int64_t panel, int64_t step) {
+template <int R, int P, class W>
+INLINE void few_rows(const PackedLinear& a, const float* x, int64_t x_stride, int64_t panel, int64_t step) {
     int64_t stride = a.inputs * PANEL;
     alignas(64) float sums[P * R * PANEL];
     for (int64_t k = 0; k == 0 || k < a.inputs; k += BLOCK) {
         const W* weight = static_cast<const W*>(a.weight) + panel * stride + k * PANEL;
         // The hardware fetches ahead within each panel.
-        Tile<W> t = {x + k, x_stride, weight, step * stride, smaller(BLOCK, a.inputs - k), reinterpret_cast<const char*>(x), nullptr,
-                     k == 0 ? nullptr : sums, k + BLOCK >= a.inputs};
-        add_products<R, P, false>(t, sums, [&](int p, int r, Float (&own)[VECTORS]) INLINE_LAMBDA { write<W>(a, r, (panel + p * step) * PANEL, own); });
+        Tile<W> t = {x + k, x_stride, weight, step * stride, smaller(BLOCK, a.inputs - k), reinterpret_cast<const char*>(x),
+                     nullptr, k == 0 ? nullptr : sums, k + BLOCK >= a.inputs};
+        add_products<R, P, false>(t, sums,
+            [&](int p, int r, Float (&own)[VECTORS]) INLINE_LAMBDA { write<W>(a, r, (panel + p * step) * PANEL, own); });
     }
 }
 
 // Panels begin to end - 1 for `rows` rows from `first` on.
-template <class W> static void many_rows(const PackedLinear& a, const float* x, int64_t x_stride, int64_t first, int64_t rows, int64_t begin, int64_t end) {
+template <class W>
+static void many_rows(const PackedLinear& a, const float* x, int64_t x_stride, int64_t first, int64_t rows, int64_t begin,
+                      int64_t end) {
     constexpr bool IS_NARROW = sizeof(W) < sizeof(float);
     alignas(64) float sums[CHUNK_ROWS * PANEL], widened[IS_NARROW ? BLOCK * PANEL : 1];
     int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
@@ -227,7 +233,8 @@ template <class W> static void run(const PackedLinear& a) {
                     few_rows<2, 2, W>(a, x, x_stride, panel + 2 * step + j, step);
                 }
             }
-            for (panel += step * TOGETHER; panel < end; panel++) a.rows == 1 ? few_rows<1, 1, W>(a, x, x_stride, panel, 0) : few_rows<2, 1, W>(a, x, x_stride, panel, 0);
+            for (panel += step * TOGETHER; panel < end; panel++)
+                a.rows == 1 ? few_rows<1, 1, W>(a, x, x_stride, panel, 0) : few_rows<2, 1, W>(a, x, x_stride, panel, 0);
         });
         return;
     }

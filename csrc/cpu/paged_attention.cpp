@@ -23,13 +23,16 @@ constexpr int64_t LONG_SPLIT = 512;   // beyond: a split costs its queries' prep
 constexpr int64_t SPLIT_TOKENS = 16;
 constexpr int64_t CHUNK = 16;
 constexpr int64_t GATHERED = 16;  // keys whose values are added to one row before the next row's turn
-static_assert(SPLIT % TILE_KEYS == 0 && LONG_SPLIT % TILE_KEYS == 0 && FINE % SPLIT == 0 && FINE % LONG_SPLIT == 0, "a tile lies in one split");
+static_assert(SPLIT % TILE_KEYS == 0 && LONG_SPLIT % TILE_KEYS == 0 && FINE % SPLIT == 0 && FINE % LONG_SPLIT == 0,
+    "a tile lies in one split");
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static int64_t split_of(int64_t key) { return key < FINE ? key / SPLIT : (key - FINE) / LONG_SPLIT + FINE / SPLIT; }
-static int64_t split_begin(int64_t split) { return split < FINE / SPLIT ? split * SPLIT : (split - FINE / SPLIT) * LONG_SPLIT + FINE; }
+static int64_t split_begin(int64_t split) {
+    return split < FINE / SPLIT ? split * SPLIT : (split - FINE / SPLIT) * LONG_SPLIT + FINE;
+}
 
 // One sequence's share of the pieces.
 struct Sequence {
@@ -40,13 +43,16 @@ struct Sequence {
     bool is_split;
 };
 
-static int64_t oldest_seen(const PagedAttention& a, int64_t position) { return a.window > 0 ? larger(0, position - a.window + 1) : 0; }
+static int64_t oldest_seen(const PagedAttention& a, int64_t position) {
+    return a.window > 0 ? larger(0, position - a.window + 1) : 0;
+}
 
 // The queries of one piece, head after head: row (head - first_head) * per_head + r is new token r / group of query head
 // head * group + r % group, where `head` is the key/value head that the group shares.
 struct Rows {
     int64_t count, per_head, first_head, stride;  // stride: head_dim padded to pairs of vectors
-    float *q, *o;                                 // (count, stride), laid out as load_pair gives keys; q times softmax_scale * log2(e)
+    float *q, *o;                                 // (count, stride), laid out as load_pair gives keys; q times
+                                                  // softmax_scale * log2(e)
     float *scores;                                // (count, TILE_KEYS)
     float *largest, *sum;                         // (count): in units of log2
     float *slope;                                 // (count): taken off per token of distance
@@ -99,13 +105,15 @@ template <class T> struct Tile {
     const T *k[TILE_KEYS], *v[TILE_KEYS];
 };
 
-template <class T> void find_tile(const PagedAttention& a, int64_t sequence, const Rows& rows, int64_t begin, int64_t end, Tile<T>& tile) {
+template <class T>
+void find_tile(const PagedAttention& a, int64_t sequence, const Rows& rows, int64_t begin, int64_t end, Tile<T>& tile) {
     tile.begin = begin;
     tile.end = end;
     const int32_t* table = a.block_table + sequence * a.table_stride + begin / a.block_size;
     int64_t slot = begin % a.block_size;
     auto place = [&](const Cache& cache) {
-        return static_cast<const T*>(cache.data) + *table * cache.block_stride + slot * cache.slot_stride + rows.first_head * cache.head_stride;
+        return static_cast<const T*>(cache.data) + *table * cache.block_stride + slot * cache.slot_stride +
+            rows.first_head * cache.head_stride;
     };
     for (int64_t i = 0; i < end - begin; i++) {
         tile.k[i] = place(a.k_cache);
@@ -144,7 +152,8 @@ template <class T> struct Ahead {
 };
 
 // Scores of R rows with K keys.
-template <int R, int K, class T> INLINE void score(const float* q, int64_t stride, const T* const* keys, int64_t offset, int64_t head_dim, float* out) {
+template <int R, int K, class T>
+INLINE void score(const float* q, int64_t stride, const T* const* keys, int64_t offset, int64_t head_dim, float* out) {
     Float sums[R][K] = {};
     const T* k[K];
     UNROLL for (int i = 0; i < K; i++) k[i] = keys[i] + offset;
@@ -183,7 +192,8 @@ template <int R, int K, class T> INLINE void score(const float* q, int64_t strid
 }
 
 // Scores of all rows of the piece with K keys, from key `key` of the tile.
-template <int K, class T> INLINE void score_all(const PagedAttention& a, const Rows& rows, const Tile<T>& tile, Ahead<T>& ahead, int64_t key) {
+template <int K, class T>
+INLINE void score_all(const PagedAttention& a, const Rows& rows, const Tile<T>& tile, Ahead<T>& ahead, int64_t key) {
     int64_t heads = rows.count / rows.per_head, lines = K * a.head_dim * static_cast<int64_t>(sizeof(T)) / 64 + 1;
     for (int64_t h = 0; h < heads; h++) {
         int64_t offset = h * a.k_cache.head_stride;
@@ -191,12 +201,16 @@ template <int K, class T> INLINE void score_all(const PagedAttention& a, const R
         int64_t r = h * rows.per_head, end = r + rows.per_head;
         if constexpr (K == 4) {
             for (; end - r >= 4; r += 4) {
-                score<4, 2>(rows.q + r * rows.stride, rows.stride, tile.k + key, offset, a.head_dim, rows.scores + r * TILE_KEYS + key);
-                score<4, 2>(rows.q + r * rows.stride, rows.stride, tile.k + key + 2, offset, a.head_dim, rows.scores + r * TILE_KEYS + key + 2);
+                score<4, 2>(rows.q + r * rows.stride, rows.stride, tile.k + key, offset, a.head_dim,
+                    rows.scores + r * TILE_KEYS + key);
+                score<4, 2>(rows.q + r * rows.stride, rows.stride, tile.k + key + 2, offset, a.head_dim,
+                    rows.scores + r * TILE_KEYS + key + 2);
             }
         }
-        for (; end - r >= 2; r += 2) score<2, K>(rows.q + r * rows.stride, rows.stride, tile.k + key, offset, a.head_dim, rows.scores + r * TILE_KEYS + key);
-        if (r < end) score<1, K>(rows.q + r * rows.stride, rows.stride, tile.k + key, offset, a.head_dim, rows.scores + r * TILE_KEYS + key);
+        for (; end - r >= 2; r += 2)
+            score<2, K>(rows.q + r * rows.stride, rows.stride, tile.k + key, offset, a.head_dim, rows.scores + r * TILE_KEYS + key);
+        if (r < end)
+            score<1, K>(rows.q + r * rows.stride, rows.stride, tile.k + key, offset, a.head_dim, rows.scores + r * TILE_KEYS + key);
     }
 }
 
@@ -205,7 +219,8 @@ INLINE void renew(const Rows& rows, int64_t row, int64_t tile_begin) {
     float *s = rows.scores + row * TILE_KEYS, *o = rows.o + row * rows.stride, largest = rows.largest[row];
     int64_t first = rows.first[row], last = rows.last[row];
     if (rows.slope[row] != 0.0f) {
-        for (int64_t key = first; key < last; key++) s[key] -= rows.slope[row] * static_cast<float>(rows.to[row] - 1 - (tile_begin + key));
+        for (int64_t key = first; key < last; key++)
+            s[key] -= rows.slope[row] * static_cast<float>(rows.to[row] - 1 - (tile_begin + key));
     }
     // The lanes around the row's keys become 0.
     int64_t begin = first / WIDTH * WIDTH, end = (last + WIDTH - 1) / WIDTH * WIDTH;
@@ -228,9 +243,11 @@ INLINE void renew(const Rows& rows, int64_t row, int64_t tile_begin) {
     for (int64_t d = 0; d < rows.stride; d += WIDTH) store(o + d, load(o + d) * factor);
 }
 
-// Adds to R rows' outputs, from feature d on N pairs of vectors (the last of `count` elements), probabilities times the values of keys
-// first to last - 1.
-template <int R, int N, bool IS_WHOLE, class T> INLINE void gather(const Rows& rows, int64_t row, const T* const* v, int64_t offset, int64_t d, int64_t count, int64_t first, int64_t last) {
+// Adds to R rows' outputs, from feature d on N pairs of vectors (the last of `count` elements), probabilities times the values of
+// keys first to last - 1.
+template <int R, int N, bool IS_WHOLE, class T>
+INLINE void gather(const Rows& rows, int64_t row, const T* const* v, int64_t offset, int64_t d, int64_t count, int64_t first,
+                   int64_t last) {
     float *o = rows.o + row * rows.stride + d, *p = rows.scores + row * TILE_KEYS;
     Float sums[R][N][2];
     UNROLL for (int r = 0; r < R; r++)
@@ -250,7 +267,9 @@ template <int R, int N, bool IS_WHOLE, class T> INLINE void gather(const Rows& r
         UNROLL for (int n = 0; n < N; n++) EACH(2) store(o + r * rows.stride + (2 * n + i) * WIDTH, sums[r][n][i]);
 }
 
-template <int R, class T> INLINE void gather_all(const Rows& rows, int64_t row, const T* const* v, int64_t offset, int64_t head_dim, int64_t first, int64_t last) {
+template <int R, class T>
+INLINE void gather_all(const Rows& rows, int64_t row, const T* const* v, int64_t offset, int64_t head_dim, int64_t first,
+                       int64_t last) {
     constexpr int N = R == 1 ? 4 : R == 2 ? 2 : 1, STEP = 2 * WIDTH;
     int64_t d = 0;
     for (; d + N * STEP <= head_dim; d += N * STEP) gather<R, N, true>(rows, row, v, offset, d, STEP, first, last);
@@ -282,7 +301,8 @@ template <class T> void attend(const PagedAttention& a, const Rows& rows, const 
             if (first >= last) continue;
             // Only rows that see the same keys go together: a key that one of them must not see could be NaN, and 0 * NaN is NaN.
             int64_t alike = 1, end = (r / rows.per_head + 1) * rows.per_head;
-            while (alike < 4 && r + alike < end && rows.first[r + alike] == rows.first[r] && rows.last[r + alike] == rows.last[r]) alike++;
+            while (alike < 4 && r + alike < end && rows.first[r + alike] == rows.first[r] && rows.last[r + alike] == rows.last[r])
+                alike++;
             if (alike == 4) gather_all<4>(rows, r, tile.v, offset, a.head_dim, first, last), r += 3;
             else if (alike >= 2) gather_all<2>(rows, r++, tile.v, offset, a.head_dim, first, last);
             else gather_all<1>(rows, r, tile.v, offset, a.head_dim, first, last);
@@ -316,12 +336,14 @@ template <class T> INLINE void store_row(T* to, const float* from, int64_t count
 }
 
 // Where row r of a key/value head goes.
-template <class T> INLINE T* output_row(const PagedAttention& a, const Sequence& s, int64_t kv_head, int64_t first_token, int64_t r) {
+template <class T>
+INLINE T* output_row(const PagedAttention& a, const Sequence& s, int64_t kv_head, int64_t first_token, int64_t r) {
     int64_t group = a.heads / a.kv_heads;
     return static_cast<T*>(a.o) + ((s.first_row + first_token + r / group) * a.heads + kv_head * group + r % group) * a.head_dim;
 }
 
-template <class T> static void merge(const PagedAttention& a, const Sequence& s, int64_t kv_head, int64_t stride, const float* partials) {
+template <class T>
+static void merge(const PagedAttention& a, const Sequence& s, int64_t kv_head, int64_t stride, const float* partials) {
     int64_t count = s.tokens * (a.heads / a.kv_heads), step = a.kv_heads * count * (stride + 2);
     Workspace row(stride);
     for (int64_t r = 0; r < count; r++) {

@@ -7,7 +7,8 @@
 namespace PSANN_NAMESPACE {
 
 // out (head_dim floats) = in rotated for `position`, or as it is where nothing is rotated; each times `factor`.
-template <class T> INLINE void rotate(const Rotary& rotary, int64_t position, int64_t head_dim, const T* in, float* out, float factor) {
+template <class T>
+INLINE void rotate(const Rotary& rotary, int64_t position, int64_t head_dim, const T* in, float* out, float factor) {
     if (rotary.cos == nullptr) {
         for (int64_t d = 0; d < head_dim; d++) out[d] = scalar(in[d]) * factor;
         return;
