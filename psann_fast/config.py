@@ -182,7 +182,7 @@ class ModelConfig:
         "dilations of the wave branch, taken in turn by the layers",
     )
     backend: str = _option(
-        "auto", _one_of(*BACKENDS), "which kernels run: 'auto', 'triton', 'native' or 'torch'; not saved with the model"
+        "auto", _one_of(*BACKENDS), "which kernels run: 'auto', 'triton', 'native', 'torch' or 'gluon'; not saved with the model"
     )
     device: str = _option("auto", _text, "'auto' (a usable GPU, else the CPU) or a torch device name; not saved with the model")
     rope: InitVar[bool | None] = None

@@ -172,7 +172,7 @@ def test_psann_kernels_imports_the_standard_library_torch_and_itself():
     findings = []
     for path in sources(KERNELS):
         allowed = {*sys.stdlib_module_names, "torch"}
-        if path.stem.endswith("_triton") or path.stem == "triton_support":
+        if path.stem.endswith(("_triton", "_gluon")) or path.stem == "triton_support":
             allowed.add("triton")
         for line, name, level in imports(path, "psann_kernels", KERNELS):
             root = name.split(".")[0]

@@ -41,6 +41,7 @@ attach(
         "wave_conv_triton": (_wave_conv.OP,),
     },
 )
+attach(__name__, "gluon", "triton", {"rope_attention_gluon": (_rope_attention.OP,)})
 attach_native(
     {
         "damped_sine_native": _damped_sine.OP,

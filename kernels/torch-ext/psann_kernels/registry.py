@@ -14,10 +14,10 @@ from typing import Any, Callable, Iterator
 
 import torch
 
-BACKENDS = ("auto", "triton", "native", "torch")
+BACKENDS = ("auto", "triton", "native", "torch", "gluon")
 
 # Data, not policy in code: changed when a benchmark row says so. Devices that are not listed run the specification.
-# On a GPU native serves by name only: no GPU has run it yet.
+# On a GPU native and gluon serve by name only: no GPU has run them yet.
 AUTO_ORDER = {"cpu": ("native", "torch"), "cuda": ("triton", "torch")}
 
 OPS: dict[str, "Op"] = {}
@@ -112,9 +112,12 @@ class Op:
         return self.implementations[backend].function
 
     def explain(self, *args: Any, **kwargs: Any) -> list[tuple[str, str | None]]:
-        """Every backend's answer to this call, in the order of "auto": (backend, None if it serves, else the reason)."""
+        """Every backend's answer to this call, in the order of "auto": (backend, None if it serves, else the reason).
+
+        Of "gluon", which is for one op, nothing is said where it is not.
+        """
         order = AUTO_ORDER.get(args[0].device.type, ("torch",))
-        names = list(order) + [name for name in BACKENDS[1:] if name not in order]
+        names = list(order) + [name for name in BACKENDS[1:] if name not in order and (name != "gluon" or self.has(name))]
         return [(name, self.refusal(name, *args, **kwargs)) for name in names]
 
 

@@ -33,18 +33,23 @@ _LOG = logging.getLogger("psann_fast")
 # Largest |fast - truth| / |truth| in the Euclidean norm: far above rounding, far below what a wrong or a TF32 product gives.
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float32: 5e-5}
 
+# (head_dim, queries, keys) with which the Gluon kernel is tried: one tile, edges, older keys, and rings that turn many times.
+GLUON_SHAPES = tuple((d, *tokens) for d in (64, 128) for tokens in ((1, 1), (300, 300), (130, 643), (1024, 1024)))
+
 # call(backend, *tensors) on tensors of one seed; how many of them, from the first, are differentiated.
 Case = tuple[str, torch.dtype, Callable[..., Tensor], list[Tensor], int]
 
 
-def self_test(device: str | torch.device | None = None, *, again: bool = False) -> dict[str, str]:
+def self_test(device: str | torch.device | None = None, *, again: bool = False, gluon: bool = False) -> dict[str, str]:
     """Check the Triton kernels on a device, and make those that are wrong there refuse.
 
     device  default: the current GPU; the CPU where TRITON_INTERPRET=1 runs the kernels there
     again   whether to run it although the cache folder (XDG_CACHE_HOME or ~/.cache, psann-fast/self-test.json) has the answer
+    gluon   whether to compare rope_attention's Gluon kernel with the Triton one too, on Hopper, and let backend "gluon" serve if they
+            agree. Asked for by name, because no GPU has run that kernel yet: a wrong barrier in it would not fail but hang.
 
     Returns op -> "passed", or the reason with which backend "triton" refuses it on this device from now on; {"triton": why} where
-    no kernel can run. Takes about a second beyond compiling. Raises RuntimeError inside a trace or a graph capture.
+    no kernel can run; with `gluon` also "rope_attention by gluon" -> the same. Takes about a second beyond compiling. Raises RuntimeError inside a trace or a graph capture.
     """
     if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         raise RuntimeError("self_test: it runs kernels and reads their results; call it before tracing or capturing a graph")
@@ -65,7 +70,51 @@ def self_test(device: str | torch.device | None = None, *, again: bool = False) 
         OPS[name].blame("triton", device, None if verdict == "passed" else verdict)
         if verdict != "passed":
             _LOG.warning("%s: %s", name, verdict)
-    return found
+    return {**found, "rope_attention by gluon": _test_gluon(device, again)} if gluon else found
+
+
+def _test_gluon(device: torch.device, again: bool) -> str:
+    """Whether the Gluon kernel gives the Triton twin's o and log-sum-exp, and in five runs the same bits; as `self_test` says it."""
+    kernels = importlib.import_module(".rope_attention_gluon", __package__)
+    if (reason := kernels.refuses_device(device)) is not None:
+        return reason
+    if OPS["rope_attention"].is_faulty("triton", device):
+        return f"the Triton kernel, with which the Gluon one is compared, failed its own self-test on {device}"
+    key, remembered = f"{_key(device)}, gluon", _remembered()
+    verdict = None if again else remembered.get(key, {}).get("rope_attention")
+    if verdict is None:
+        failures = (RuntimeError, importlib.import_module("triton.errors").TritonError)
+        try:
+            verdict = compare_gluon(device)
+        except failures as error:
+            verdict = f"the self-test on {device} ended with {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        _remember({**_remembered(), key: {"rope_attention": verdict}})
+    kernels.VERDICTS[device] = verdict
+    if verdict != "passed":
+        _LOG.warning("rope_attention by gluon: %s", verdict)
+    return verdict
+
+
+def compare_gluon(device: torch.device) -> str:
+    """"passed", or what differs between rope_attention_gluon and rope_attention_triton on a device."""
+    by_gluon = importlib.import_module(".rope_attention_gluon", __package__).rope_attention_gluon
+    by_triton = importlib.import_module(".rope_attention_triton", __package__).rope_attention_triton
+    g = torch.Generator().manual_seed(0)
+    for head_dim, queries, keys in GLUON_SHAPES:
+        sizes = ((queries, 4), (keys, 2), (keys, 2))
+        q, k, v = (torch.randn(2, tokens, heads, head_dim, generator=g).to(device, torch.bfloat16) for tokens, heads in sizes)
+        cos, sin = rotary_tables(keys, head_dim, device=device)
+        truth = by_triton(*(t.float() for t in (q, k, v)), cos, sin, None, None, None, True, head_dim**-0.5, None)[:2]
+        runs = [by_gluon(q, k, v, cos, sin, True, head_dim**-0.5)[:2] for _ in range(5)]
+        for place, name in enumerate(("result", "log-sum-exp")):
+            got, expected = runs[0][place].double(), truth[place].double()
+            error = (torch.linalg.vector_norm(got - expected) / torch.linalg.vector_norm(expected)).item()
+            where = f"the self-test on {device}, {queries} queries, {keys} keys, head_dim {head_dim}: the Gluon kernel's {name}"
+            if not error <= TOLERANCES[torch.bfloat16]:
+                return f"{where} is wrong: relative error {error:.2g}, at most {TOLERANCES[torch.bfloat16]:g} is rounding"
+            if not all(torch.equal(run[place], runs[0][place]) for run in runs):
+                return f"{where} has other bits in another run"
+    return "passed"
 
 
 def _run(device: torch.device) -> dict[str, str]:
@@ -184,7 +233,7 @@ def _key(device: torch.device) -> str:
     """Device, versions and sources: whatever could change the answer."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.stem.endswith("_triton") or path.stem in ("triton_support", "self_test"):
+        if path.stem.endswith(("_triton", "_gluon")) or path.stem in ("triton_support", "self_test"):
             digest.update(path.read_bytes())
     name = "interpreter" if device.type == "cpu" else f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"
     return f"{name}, Triton {importlib.metadata.version('triton')}, torch {torch.__version__}, sources {digest.hexdigest()[:16]}"
