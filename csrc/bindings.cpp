@@ -45,6 +45,7 @@ PYBIND11_MODULE(_native, m) {
     PSANN_BIND(wave_conv_backward, WaveConvBackward)
     PSANN_BIND(linear, Linear)
     PSANN_BIND(packed_linear, PackedLinear)
+    PSANN_BIND(sample_tokens, SampleTokens)
     bind(m, "paged_append", &arguments::paged_append, +[](const PagedAppend& a) {
         check_paged_append(a);
         kernels().paged_append(a);

@@ -137,6 +137,17 @@ struct PackedLinear {
     int threads;
 };
 
+// A token of each row of logits (rows, vocabulary), floats or doubles with unit stride along a row; -1: a logit is NaN or the highest infinite.
+struct SampleTokens {
+    const void* logits;
+    const double *temperature, *top_p, *min_p, *draws;  // (rows); 0, 1 and 0 leave the first three out; draws are in [0, 1)
+    const int64_t* top_k;                               // (rows), at least 1
+    int64_t* tokens;                                    // (rows)
+    int64_t rows, vocabulary, stride;
+    bool is_double;
+    int threads;
+};
+
 #define PSANN_KERNELS(X)                        \
     X(damped_sine_forward, DampedSineForward)   \
     X(damped_sine_backward, DampedSineBackward) \
@@ -147,7 +158,8 @@ struct PackedLinear {
     X(paged_append, PagedAppend)                \
     X(paged_attention, PagedAttention)          \
     X(linear, Linear)                           \
-    X(packed_linear, PackedLinear)
+    X(packed_linear, PackedLinear)              \
+    X(sample_tokens, SampleTokens)
 
 #define PSANN_DECLARE(name, Arguments) void name(const Arguments&);
 #define PSANN_MEMBER(name, Arguments) void (*name)(const Arguments&);

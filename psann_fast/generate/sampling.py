@@ -15,6 +15,7 @@ from typing import Any, Sequence
 import numpy as np
 import torch
 from psann_kernels.documents import are_values_known
+from psann_kernels.native import NATIVE
 from torch import Tensor
 
 
@@ -187,6 +188,11 @@ def next_tokens(logits: Tensor, batch: SamplingBatch, positions: Tensor | None, 
     if batch.is_greedy:
         return logits.argmax(-1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    draws = uniform(batch.seeds, positions)
+    if NATIVE is not None and are_values_known(logits):
+        tokens = _drawn_natively(logits, batch, draws)
+        if tokens is not None:
+            return tokens
     ascending = _sorted(logits)
     falling = ascending.flip(-1).to(torch.float64)
     # Weights relative to the likeliest token's, and their running sums: tokens up to any place in the order.
@@ -200,11 +206,25 @@ def next_tokens(logits: Tensor, batch: SamplingBatch, positions: Tensor | None, 
         kept = torch.minimum(kept, count_below(batch.top_p * edges.gather(1, kept - 1)) + 1)
     if batch.has_min_p:
         kept = torch.minimum(kept, (weights >= batch.min_p).sum(-1, keepdim=True))
-    draw = uniform(batch.seeds, positions).unsqueeze(1) * edges.gather(1, kept - 1)
+    draw = draws.unsqueeze(1) * edges.gather(1, kept - 1)
     # The first token whose interval ends above the draw; rounding may put the draw on the last edge, so look no further than kept.
     chosen = torch.minimum(count_below(draw, right=True), kept - 1)
     chosen = torch.where(batch.temperature == 0, 0, chosen)
     return _ids_at(chosen, logits, ascending).squeeze(1)
+
+
+def _drawn_natively(logits: Tensor, batch: SamplingBatch, draws: Tensor) -> Tensor | None:
+    """What next_tokens draws, from a kernel that sorts only what it must; None where a logit is NaN or the highest one infinite."""
+    rows, vocabulary = logits.shape
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    draws = draws.contiguous()
+    tokens = torch.empty(rows, dtype=torch.int64)
+    NATIVE.sample_tokens(
+        logits.data_ptr(), batch.temperature.data_ptr(), batch.top_p.data_ptr(), batch.min_p.data_ptr(), draws.data_ptr(),
+        batch.top_k.data_ptr(), tokens.data_ptr(), rows, vocabulary, logits.stride(0), logits.dtype == torch.float64,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return None if (tokens.numpy() < 0).any() else tokens
 
 
 def _ids_at(places: Tensor, logits: Tensor, ascending: Tensor) -> Tensor:

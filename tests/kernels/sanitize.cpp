@@ -148,7 +148,27 @@ static void packed_linears(Type type, Type weight_type, int64_t rows, int64_t in
     y.print();
 }
 
+static void samples(int64_t rows, int64_t vocabulary, bool is_double) {
+    size_t count = static_cast<size_t>(rows);
+    std::vector<float> logits;
+    for (int64_t i = 0; i < rows * vocabulary; i++) logits.push_back(static_cast<float>((i * 7919) % 101) * 0.1f);
+    std::vector<double> wide(logits.begin(), logits.end()), temperature(count, 0.7), top_p(count, 0.9), min_p(count, 0.01), draws;
+    std::vector<int64_t> top_k(count, 40), tokens(count);
+    for (int64_t r = 0; r < rows; r++) draws.push_back((static_cast<double>(r) + 0.5) / static_cast<double>(rows));
+    temperature[0] = 0;
+    logits.shrink_to_fit(), wide.shrink_to_fit();
+    const void* read = logits.data();
+    if (is_double) read = wide.data();
+    sample_tokens({read, temperature.data(), top_p.data(), min_p.data(), draws.data(), top_k.data(), tokens.data(), rows, vocabulary, vocabulary, is_double, 2});
+    for (int64_t token : tokens) {
+        float x = static_cast<float>(token);
+        fwrite(&x, 4, 1, stdout);
+    }
+}
+
 int main() {
+    for (int64_t rows : {1, 5})
+        for (int64_t vocabulary : {1, 7, 40, 4099}) samples(rows, vocabulary, false), samples(rows, vocabulary, true);
     const Type types[] = {Type::FLOAT32, Type::BFLOAT16, Type::FLOAT16};
     for (Type type : types) {
         for (int64_t rows : {1, 2, 3, 70})
