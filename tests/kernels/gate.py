@@ -200,7 +200,9 @@ def compile_one(configuration: Any, target_name: str) -> Result:
     target = TARGETS[target_name]
     arguments = list(configuration.signature) + list(configuration.constexprs)
     if sorted(arguments) != sorted(configuration.kernel.arg_names):
-        raise ValueError(f"{configuration.name}: lists the arguments {arguments}, the kernel takes {configuration.kernel.arg_names}")
+        raise ValueError(
+            f"{configuration.name}: lists the arguments {arguments}, the kernel takes {configuration.kernel.arg_names}"
+        )
     signature, constexprs, attributes = {}, dict(configuration.constexprs), {}
     for place, name in enumerate(configuration.kernel.arg_names):
         kind, _, hint = configuration.signature.get(name, "constexpr").partition(":")
@@ -372,12 +374,13 @@ def run(
 def table_of(results: list[Result]) -> str:
     """The results as a Markdown table."""
     heads = (
-        "kernel", "target", "Triton", "registers", "stack", "shared", "instr / element", "MUFU / element", "HGMMA", "HMMA", "UTMALDG",
-        "error",
+        "kernel", "target", "Triton", "registers", "stack", "shared", "instr / element", "MUFU / element", "HGMMA", "HMMA",
+        "UTMALDG", "error",
     )  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for r in results:
-        per_element = (f"{r.per_element:.1f}", f"{r.mufu_per_element:.2f}") if r.per_element and r.name.startswith(tuple(SINE_BUDGETS)) else ("", "")
+        is_sine = r.per_element and r.name.startswith(tuple(SINE_BUDGETS))
+        per_element = (f"{r.per_element:.1f}", f"{r.mufu_per_element:.2f}") if is_sine else ("", "")
         error = r.error.splitlines()[0] if r.error else ""
         cells = (r.name, r.target, r.triton, r.registers, r.stack, r.shared, *per_element, r.hgmma, r.hmma, r.tma, error)
         lines.append("| " + " | ".join(map(str, cells)) + " |")

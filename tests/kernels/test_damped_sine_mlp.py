@@ -160,7 +160,9 @@ def test_without_biases_and_with_leading_dimensions(backend, fused):
     serving(backend, fused)
     (x, w1, b1, *sine, w2, b2), _ = inputs((12, 16, 32, 16), torch.bfloat16)
     zero = damped_sine_mlp(x, w1, torch.zeros_like(b1), *sine, w2, torch.zeros_like(b2), fused=fused, backend=backend)
-    assert torch.equal(damped_sine_mlp(x.view(3, 4, 16), w1, None, *sine, w2, None, fused=fused, backend=backend), zero.view(3, 4, 16))
+    assert torch.equal(
+        damped_sine_mlp(x.view(3, 4, 16), w1, None, *sine, w2, None, fused=fused, backend=backend), zero.view(3, 4, 16)
+    )
     assert torch.equal(damped_sine_mlp(x[0], w1, None, *sine, w2, None, fused=fused, backend=backend), zero[0]) or not fused
     x = x.requires_grad_()
     (dx,) = torch.autograd.grad(damped_sine_mlp(x, w1, None, *sine, w2, None, fused=fused, backend=backend).sum(), x)
@@ -214,10 +216,14 @@ def test_the_module_asks_for_the_fused_kernels():
 
 def test_what_the_fused_kernels_refuse():
     tensors, _ = inputs((4, 16, 32, 16), torch.float32)
-    with pytest.raises(BackendError, match="damped_sine_mlp.*'triton'.*x is torch.float32 and fused=True; the fused kernels serve float16"):
+    with pytest.raises(
+        BackendError, match="damped_sine_mlp.*'triton'.*x is torch.float32 and fused=True; the fused kernels serve float16"
+    ):
         damped_sine_mlp(*tensors, fused=True)
     odd, _ = inputs((4, 16, 33, 16), torch.bfloat16)
-    with pytest.raises(BackendError, match=r"widths are \(33, 16, 16, 33\) and fused=True; the fused kernels serve multiples of 16"):
+    with pytest.raises(
+        BackendError, match=r"widths are \(33, 16, 16, 33\) and fused=True; the fused kernels serve multiples of 16"
+    ):
         damped_sine_mlp(*odd, fused=True, backend="triton")
     with pytest.raises(BackendError, match="fused=True is served by the Triton kernels alone"):
         damped_sine_mlp(*tensors, fused=True, backend="native")

@@ -27,7 +27,8 @@ def pinned_triton():
     if not (folder / "triton").exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as part:
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{part}/new", f"triton=={PINNED}"]
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+            command += ["--target", f"{part}/new", f"triton=={PINNED}"]
             fetched = subprocess.run(command, capture_output=True, text=True)
             if fetched.returncode:
                 pytest.skip(f"pip cannot get triton {PINNED}: {fetched.stderr.strip().splitlines()[-1:]}")

@@ -111,7 +111,11 @@ def test_denormals_survive_the_import():
 def run_python(code, **environment):
     path = os.pathsep.join((str(Path(psann_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")))
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": path, **environment}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": path, **environment},
     )
 
 
@@ -260,7 +264,9 @@ def test_opcheck(name, rows):
 def test_opcheck_paged():
     q, k_cache, v_cache, table, seq_lens, cu_seqlens_q = paged_arguments([9, 4], [1, 3])
     k_cache, v_cache = k_cache.nan_to_num(0), v_cache.nan_to_num(0)
-    torch.library.opcheck(op("paged_attention"), (q, k_cache, v_cache, table, seq_lens, cu_seqlens_q, None, None, True, 0.2, 0, None))
+    torch.library.opcheck(
+        op("paged_attention"), (q, k_cache, v_cache, table, seq_lens, cu_seqlens_q, None, None, True, 0.2, 0, None)
+    )
     k, v = draw(3, 2, 40), draw(3, 2, 40)
     torch.library.opcheck(op("paged_append"), (k, v, k_cache, v_cache, torch.tensor([3, -1, 17]), None, None, None, True))
 

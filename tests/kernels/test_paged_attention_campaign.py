@@ -25,7 +25,8 @@ def splits(least, most):
 
 
 def draw(rng, dtype, values=0, is_float8=False):
-    """A call of paged_attention of random shape, sometimes on a float8 cache if that may be; `values` numbers the draw of its values."""
+    """A call of paged_attention of random shape, sometimes on a float8 cache if that may be;
+    `values` numbers the draw of its values."""
     block_size = rng.choice([1, 8, 16, 64, 64, rng.randint(2, 40)])
     boundaries = [0, 1, block_size - 1, block_size, block_size + 1, block_size + 5, 2 * block_size, 3 * block_size]
     lengths = [rng.choice([*boundaries, rng.randint(0, 130)]) for _ in range(rng.randint(1, 4))]
@@ -105,7 +106,8 @@ def fill(budgets, seed, values, backend):
     rng = random.Random(seed)
     dtype = rng.choice([torch.float32, torch.float32, torch.float16, torch.bfloat16])
     if backend == "torch":
-        # It is the witness: in float32 its products with one row and dense()'s with many differ by 2.3 in the rounding of their sums.
+        # It is the witness: in float32 its products with one row and dense()'s with many differ by 2.3 in the rounding of their
+        # sums.
         dtype = torch.float64
     with splits(rng.choice([16, 16, 64, 256]), rng.choice([2, 4, 32])):
         elements = 0

@@ -1,4 +1,5 @@
-"""The float8 cache of paged_append and paged_attention: every number by its bits, and attention against float64 of what the bits say."""
+"""The float8 cache of paged_append and paged_attention: every number by its bits,
+and attention against float64 of what the bits say."""
 
 import pytest
 import torch
@@ -58,8 +59,9 @@ def test_every_number_is_rounded_to_the_nearest(backend):
     halfway = (numbers[1:] + numbers[:-1]) / 2
     infinity = torch.tensor(float("inf"))
     x = torch.cat((
-        numbers, halfway, halfway.nextafter(infinity), halfway.nextafter(-infinity), torch.tensor([449.0, 463.9, 464.0, 465.0, 1e30]),
-        torch.tensor([1e-30, 1e-45]), infinity[None], torch.randn(300, generator=torch.Generator().manual_seed(0)) * 3,
+        numbers, halfway, halfway.nextafter(infinity), halfway.nextafter(-infinity),
+        torch.tensor([449.0, 463.9, 464.0, 465.0, 1e30]), torch.tensor([1e-30, 1e-45]), infinity[None],
+        torch.randn(300, generator=torch.Generator().manual_seed(0)) * 3,
     ))  # fmt: skip
     x = torch.cat((x, -x))
     assert torch.equal(append_one(backend, x)[0], nearest(x.double()))
@@ -161,9 +163,13 @@ def test_triton_library_ops():
     caches = bits(case.k_cache), bits(case.v_cache)
     # What else opcheck asks, and takes seconds for, does not depend on the scales; test_paged_attention asks it.
     cheap = dict(test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(paged_attention_triton, (case.q, *caches, *case.arguments[3:], None, None, True, 0.2, 9, None, *scales), **cheap)
+    torch.library.opcheck(
+        paged_attention_triton, (case.q, *caches, *case.arguments[3:], None, None, True, 0.2, 9, None, *scales), **cheap
+    )
     k, slots = torch.randn(3, 1, 24), torch.tensor([3, -1, 9])
-    torch.library.opcheck(paged_append_triton, (k, k, *(c.clone() for c in caches), slots, None, None, None, True, *scales), **cheap)
+    torch.library.opcheck(
+        paged_append_triton, (k, k, *(c.clone() for c in caches), slots, None, None, None, True, *scales), **cheap
+    )
 
 
 def test_native_refuses():
@@ -174,7 +180,8 @@ def test_native_refuses():
         new = torch.ones(1, 2, 24)
         scales = {name: case.options[name] for name in ("k_scale", "v_scale")}
         paged_append(new, new, case.k_cache, case.v_cache, torch.zeros(1).long(), **scales, backend="native")
-    assert {row["backend"] for row in explain("paged_attention", *case.arguments, **case.options) if row["serves"] == "yes"} >= {"torch"}
+    rows = explain("paged_attention", *case.arguments, **case.options)
+    assert {row["backend"] for row in rows if row["serves"] == "yes"} >= {"torch"}
 
 
 @pytest.mark.parametrize(
@@ -206,7 +213,8 @@ def test_bad_input(change, message):
 def test_what_no_token_owns_is_never_read(backend):
     serving(backend)
     nan, huge = (
-        make_case([1, 16, 17, 53], [1, 3, 17, 1], block_size=16, junk=junk, options=("pairs", "float8")) for junk in (float("nan"), 448.0)
+        make_case([1, 16, 17, 53], [1, 3, 17, 1], block_size=16, junk=junk, options=("pairs", "float8"))
+        for junk in (float("nan"), 448.0)
     )
     o = paged_attention(*nan.arguments, **nan.options, backend=backend)
     assert torch.equal(o, paged_attention(*huge.arguments, **huge.options, backend=backend)) and o.isfinite().all()

@@ -58,8 +58,8 @@ def fill(budgets: dict, seed: int, values: int) -> None:
     for backend in BACKENDS:
         if OP.refusal(backend, case.q, case.k, case.v) is not None:
             continue
-        # A sum of 96 terms in order errs up to 7 times as much as one in blocks (campaign seed 4028162786, case 1600: to the bit what
-        # the interpreter's product of two rows gives), so both orders are plain torch here.
+        # A sum of 96 terms in order errs up to 7 times as much as one in blocks (campaign seed 4028162786, case 1600: to the bit
+        # what the interpreter's product of two rows gives), so both orders are plain torch here.
         in_order = run(case.formula(case.q.dtype, in_order=True), case.q, case.k, case.v, case.do)
         for name, floor, fast, working, truth, other in zip(NAMES, floors, *witnesses(case, backend), in_order):
             what = f"{backend} {name} of {case.label}, {case.q.dtype}"

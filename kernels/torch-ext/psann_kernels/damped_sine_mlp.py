@@ -46,8 +46,8 @@ def linear_damped_sine(
     b                               (F,)      as w; None: 0
     amplitude, frequency, damping   (F,)      as in damped_sine, for x's dtype
     mode                                      "abs", "relu" or "none"
-    fused                                     True: the sine is computed in the epilogue of one Triton matrix product ("triton", float16 and
-                                              bfloat16); False: the product is torch's own and damped_sine follows
+    fused                                     True: the sine is computed in the epilogue of one Triton matrix product ("triton",
+                                              float16 and bfloat16); False: the product is torch's own and damped_sine follows
     backend                                   "auto", "triton", "native" or "torch"
 
     Returns (..., F) in x's dtype; the product is rounded to it before the sine, fused or not. Differentiable in all tensors.
@@ -81,7 +81,8 @@ def damped_sine_mlp(
     w1, b1                          (F, K), (F,) or None    x's dtype (anything that torch.autocast brings there)
     amplitude, frequency, damping   (F,)                    as in damped_sine, for x's dtype
     w2, b2                          (O, F), (O,) or None    as w1
-    mode, fused, backend            as in linear_damped_sine; fused makes the gradient of the sine and of b1 in the epilogue of w2's product
+    mode, fused, backend            as in linear_damped_sine; fused makes the gradient of the sine and of b1 in the epilogue of w2's
+                                    product
 
     Returns (..., O) in x's dtype. Differentiable in all tensors; keeps the input of each product and of the sine.
     Raises as linear_damped_sine.
@@ -96,15 +97,16 @@ def damped_sine_mlp(
 
 @LINEAR.specify
 def linear_reference(
-    x: Tensor, w: Tensor, b: Tensor | None, amplitude: Tensor, frequency: Tensor, damping: Tensor, *, mode: str = "abs", fused: bool = False
-) -> Tensor:
+    x: Tensor, w: Tensor, b: Tensor | None, amplitude: Tensor, frequency: Tensor, damping: Tensor, *,
+    mode: str = "abs", fused: bool = False,
+) -> Tensor:  # fmt: skip
     return SINE.implementations["torch"].function(F.linear(x, w, b), amplitude, frequency, damping, mode=mode)
 
 
 @MLP.specify
 def mlp_reference(
-    x: Tensor, w1: Tensor, b1: Tensor | None, amplitude: Tensor, frequency: Tensor, damping: Tensor, w2: Tensor, b2: Tensor | None, *,
-    mode: str = "abs", fused: bool = False,
+    x: Tensor, w1: Tensor, b1: Tensor | None, amplitude: Tensor, frequency: Tensor, damping: Tensor, w2: Tensor,
+    b2: Tensor | None, *, mode: str = "abs", fused: bool = False,
 ) -> Tensor:  # fmt: skip
     return F.linear(linear_reference(x, w1, b1, amplitude, frequency, damping, mode=mode), w2, b2)
 
@@ -161,7 +163,8 @@ def _check_linear(op: str, x: Tensor, weight_name: str, weight: Tensor, bias_nam
         raise ValueError(f"{op}: x has shape {tuple(x.shape)} and dtype {x.dtype}; it must be floating point, (..., K)")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
-            f"{op}: {weight_name} has shape {tuple(weight.shape)}, but its input has {x.shape[-1]} features; pass (outputs, {x.shape[-1]})"
+            f"{op}: {weight_name} has shape {tuple(weight.shape)}, but its input has {x.shape[-1]} features; "
+            f"pass (outputs, {x.shape[-1]})"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: {bias_name} has shape {tuple(bias.shape)}; pass one per output, ({weight.shape[0]},), or None")

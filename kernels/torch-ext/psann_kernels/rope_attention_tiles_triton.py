@@ -155,11 +155,11 @@ def query_tile(
     queries, keys, rows, heads, start_ptr, window,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """What a program that owns a tile of one head's queries starts from. rows is B * H; the last queries see most keys, so their tiles
-    come first.
+    """What a program that owns a tile of one head's queries starts from. rows is B * H; the last queries see most keys, so their
+    tiles come first.
 
-    Its row b * heads + h, b and h; of each query its index, position in the row, document's first token and first key that it sees; the
-    position of the tile's first query; key_range's four bounds.
+    Its row b * heads + h, b and h; of each query its index, position in the row, document's first token and first key that it sees;
+    the position of the tile's first query; key_range's four bounds.
     """
     program = tl.program_id(0).to(tl.int64)
     tile = tl.cdiv(queries, BLOCK_M) - 1 - program // rows

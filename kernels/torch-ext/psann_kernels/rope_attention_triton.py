@@ -158,7 +158,8 @@ WARP_TILES: Tiles = {(128, False): Tile(128, 32, 8, 2)}
 # alone, and may have more shared memory than small GPUs have.
 DESCRIBED_TILES: Tiles = {(64, False): Tile(128, 64, 8, 3), (128, False): Tile(128, 128, 8, 2)}
 # On sm_100, tiles of 128 by 128 spill (Triton 3.9: 56 to 256 bytes a thread by descriptors, 104 to 424 through pointers), those of
-# 128 by 64 do not by descriptors (Triton 3.6 and 3.9), and by 8 bytes through pointers: so the tile is changed, not the way to read.
+# 128 by 64 do not by descriptors (Triton 3.6 and 3.9), and by 8 bytes through pointers:
+# so the tile is changed, not the way to read.
 SM_100_TILES: Tiles = {**DESCRIBED_TILES, (128, False): Tile(128, 64, 8, 2)}
 
 

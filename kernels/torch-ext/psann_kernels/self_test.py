@@ -1,8 +1,8 @@
 """Does every Triton kernel compute the right numbers on this device? Asked once per device, versions and sources, not in a call.
 
-Compilers have given wrong numbers without a word: Triton 3.4.0 up to 3.7.0 on Hopper, in a product whose left factor is the transpose of
-another product (the shape of an attention backward); products of float32 that fall to TF32. A small call of each op, forward and
-backward, is compared with the specification in float64 on the CPU. What fails refuses from then on, with that reason.
+Compilers have given wrong numbers without a word: Triton 3.4.0 up to 3.7.0 on Hopper, in a product whose left factor is the
+transpose of another product (the shape of an attention backward); products of float32 that fall to TF32. A small call of each op,
+forward and backward, is compared with the specification in float64 on the CPU. What fails refuses from then on, with that reason.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def self_test(device: str | torch.device | None = None, *, again: bool = False, 
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    if (reason := OPS["damped_sine"].refusal("triton", torch.empty((1, 1), device=device), *[torch.empty(1, device=device)] * 3)) is not None:
+    z, parameter = torch.empty((1, 1), device=device), torch.empty(1, device=device)
+    if (reason := OPS["damped_sine"].refusal("triton", z, *[parameter] * 3)) is not None:
         if not OPS["damped_sine"].is_faulty("triton", device):
             return {"triton": reason}
     key, remembered = _key(device), _remembered()
@@ -139,8 +140,9 @@ def _judge(dtype: torch.dtype, call: Callable[..., Tensor], tensors: list[Tensor
         if not error <= TOLERANCES[dtype]:
             what = "its result" if place == 0 else f"the gradient of its argument {place}"
             return (
-                f"the self-test on {device} found {what} wrong in {dtype}: relative error {error:.2g}, at most {TOLERANCES[dtype]:g} is "
-                "rounding; another Triton version may be right, and psann_kernels.self_test(again=True) asks again"
+                f"the self-test on {device} found {what} wrong in {dtype}: relative error {error:.2g}, at most "
+                f"{TOLERANCES[dtype]:g} is rounding; another Triton version may be right, and psann_kernels.self_test(again=True) "
+                "asks again"
             )
     return "passed"
 
@@ -159,7 +161,8 @@ def _outputs(function: Callable[..., Tensor], tensors: list[Tensor], count: int)
 def _through_a_float8_cache(
     backend: str, q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, offsets: Tensor, slots: Tensor
 ) -> Tensor:
-    """paged_append and paged_attention; a scale of a power of two, so that what is written does not depend on the dtype of k and v."""
+    """paged_append and paged_attention; a scale of a power of two, so that what is written does not depend on the dtype of k and
+    v."""
     caches = [torch.zeros((4, 16, 1, 64), device=q.device).to(FLOAT8) for _ in range(2)]
     scales = {name: torch.full((1,), 2.0**-6, device=q.device) for name in ("k_scale", "v_scale")}
     paged_append(k, v, *caches, slots, **scales, backend=backend)
@@ -177,7 +180,8 @@ def _cases() -> list[Case]:
 
     def attention(dtype: torch.dtype) -> Case:
         tensors = [draw(1, 70, heads, 64, dtype=dtype) for heads in (2, 1, 1)]
-        return "rope_attention", dtype, lambda backend, *a: rope_attention(*a, backend=backend), [*tensors, *rotary_tables(70, 64)], 3
+        inputs = [*tensors, *rotary_tables(70, 64)]
+        return "rope_attention", dtype, lambda backend, *a: rope_attention(*a, backend=backend), inputs, 3
 
     def through_pointers(backend: str, *wide: Tensor) -> Tensor:
         # Rows of no whole 16 bytes, so that sm_90 and sm_100 take the kernels without tensor descriptors.
@@ -190,11 +194,15 @@ def _cases() -> list[Case]:
 
     half = torch.bfloat16
     table, lengths, offsets = (torch.tensor(t, dtype=torch.int32) for t in ([[2, 0], [1, 3]], [9, 25], [0, 1, 4]))
-    mlp = [draw(40, 32, dtype=half), draw(64, 32, dtype=half, scale=0.2), draw(64, dtype=half), *sine(64), draw(32, 64, dtype=half, scale=0.2)]
+    mlp = [draw(40, 32, dtype=half), draw(64, 32, dtype=half, scale=0.2), draw(64, dtype=half), *sine(64)]
+    mlp += [draw(32, 64, dtype=half, scale=0.2)]
     targets = torch.randint(70, (20,), generator=g)
     return [
         *(
-            ("damped_sine", dtype, lambda backend, *a: damped_sine(*a, backend=backend), [draw(33, 80, dtype=dtype, scale=3.0), *sine(80)], 4)
+            (
+                "damped_sine", dtype, lambda backend, *a: damped_sine(*a, backend=backend),
+                [draw(33, 80, dtype=dtype, scale=3.0), *sine(80)], 4,
+            )
             for dtype in TOLERANCES
         ),
         ("rms_norm", half, lambda backend, *a: rms_norm(*a, backend=backend), [draw(20, 96, dtype=half), draw(96, dtype=half)], 2),
@@ -206,13 +214,16 @@ def _cases() -> list[Case]:
         ("rope_attention", half, through_pointers, [draw(1, 70, heads, 66, dtype=half) for heads in (2, 1, 1)], 3),
         (
             "paged_attention", half, lambda backend, *a: paged_attention(*a, backend=backend),
-            [draw(4, 2, 64, dtype=half), draw(4, 16, 1, 64, dtype=half), draw(4, 16, 1, 64, dtype=half), table, lengths, offsets], 0,
+            [
+                draw(4, 2, 64, dtype=half), draw(4, 16, 1, 64, dtype=half), draw(4, 16, 1, 64, dtype=half),
+                table, lengths, offsets,
+            ], 0,
         ),
         (
             "paged_attention", half, _through_a_float8_cache,
             [
-                draw(4, 2, 64, dtype=half), draw(4, 1, 64, dtype=half), draw(4, 1, 64, dtype=half), table, torch.tensor([1, 3]).int(), offsets,
-                torch.tensor([32, 16, 17, 18]),
+                draw(4, 2, 64, dtype=half), draw(4, 1, 64, dtype=half), draw(4, 1, 64, dtype=half), table,
+                torch.tensor([1, 3]).int(), offsets, torch.tensor([32, 16, 17, 18]),
             ], 0,
         ),
         (
@@ -220,11 +231,13 @@ def _cases() -> list[Case]:
             [draw(20, 32, dtype=half), draw(70, 32, dtype=half, scale=0.3), targets], 2,
         ),
         (
-            "damped_sine_mlp", half, lambda backend, *a: damped_sine_mlp(*a, None, fused=backend == "triton", backend=backend), mlp, 7,
+            "damped_sine_mlp", half, lambda backend, *a: damped_sine_mlp(*a, None, fused=backend == "triton", backend=backend),
+            mlp, 7,
         ),
         ("damped_sine_mlp", half, from_repeated_rows, mlp, 7),
         (
-            "linear_damped_sine", half, lambda backend, *a: linear_damped_sine(*a, fused=backend == "triton", backend=backend), mlp[:6], 6,
+            "linear_damped_sine", half, lambda backend, *a: linear_damped_sine(*a, fused=backend == "triton", backend=backend),
+            mlp[:6], 6,
         ),
     ]  # fmt: skip
 
@@ -235,7 +248,11 @@ def _key(device: torch.device) -> str:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         if path.stem.endswith(("_triton", "_gluon")) or path.stem in ("triton_support", "self_test"):
             digest.update(path.read_bytes())
-    name = "interpreter" if device.type == "cpu" else f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"
+    name = (
+        "interpreter"
+        if device.type == "cpu"
+        else f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"
+    )
     return f"{name}, Triton {importlib.metadata.version('triton')}, torch {torch.__version__}, sources {digest.hexdigest()[:16]}"
 
 
