@@ -98,8 +98,9 @@ inline PackedLinear packed_linear(uintptr_t x, uintptr_t weight, uintptr_t scale
             static_cast<Type>(type), static_cast<Type>(weight_type), 0};
 }
 
-inline SampleTokens sample_tokens(uintptr_t logits, uintptr_t temperature, uintptr_t top_p, uintptr_t min_p, uintptr_t draws, uintptr_t top_k,
-                                  uintptr_t tokens, int64_t rows, int64_t vocabulary, int64_t stride, bool is_double) {
+inline SampleTokens sample_tokens(uintptr_t logits, uintptr_t temperature, uintptr_t top_p, uintptr_t min_p, uintptr_t draws,
+                                  uintptr_t top_k, uintptr_t tokens, int64_t rows, int64_t vocabulary, int64_t stride,
+                                  bool is_double) {
     return {at<void>(logits), at<double>(temperature), at<double>(top_p), at<double>(min_p), at<double>(draws), at<int64_t>(top_k),
             at<int64_t>(tokens), rows, vocabulary, stride, is_double, 0};
 }

@@ -137,7 +137,8 @@ struct PackedLinear {
     int threads;
 };
 
-// A token of each row of logits (rows, vocabulary), floats or doubles with unit stride along a row; -1: a logit is NaN or the highest infinite.
+// A token of each row of logits (rows, vocabulary), floats or doubles with unit stride along a row;
+// -1: a logit is NaN or the highest infinite.
 struct SampleTokens {
     const void* logits;
     const double *temperature, *top_p, *min_p, *draws;  // (rows); 0, 1 and 0 leave the first three out; draws are in [0, 1)

@@ -1,8 +1,9 @@
 // One token for each row of logits; the definition is psann_fast/generate/sampling.py's next_tokens.
 //
 // In the falling order of the logits, equal ones by id, each token owns an interval as long as its weight, and a few points of that
-// order are asked for: where top-k and top-p cut it, and where the draw falls. To sort all tokens would take most of the time. So they
-// are dealt to buckets that follow that order, whose weights are added up, and only a bucket that holds such a point is sorted.
+// order are asked for: where top-k and top-p cut it, and where the draw falls. To sort all tokens would take most of the time. So
+// they are dealt to buckets that follow that order, whose weights are added up, and only a bucket that holds such a point
+// is sorted.
 #include "../kernels.h"
 #include "../memory.h"
 #include "../threads.h"

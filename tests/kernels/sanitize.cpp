@@ -159,7 +159,8 @@ static void samples(int64_t rows, int64_t vocabulary, bool is_double) {
     logits.shrink_to_fit(), wide.shrink_to_fit();
     const void* read = logits.data();
     if (is_double) read = wide.data();
-    sample_tokens({read, temperature.data(), top_p.data(), min_p.data(), draws.data(), top_k.data(), tokens.data(), rows, vocabulary, vocabulary, is_double, 2});
+    sample_tokens({read, temperature.data(), top_p.data(), min_p.data(), draws.data(), top_k.data(), tokens.data(), rows,
+        vocabulary, vocabulary, is_double, 2});
     for (int64_t token : tokens) {
         float x = static_cast<float>(token);
         fwrite(&x, 4, 1, stdout);

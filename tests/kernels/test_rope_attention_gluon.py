@@ -110,23 +110,31 @@ FAULTS = {
     "the producer does not wait for free keys": once("        mbarrier.wait(k_free.index(slot), phase)\n", ""),
     "the producer does not wait for free values": once("        mbarrier.wait(v_free.index(slot), phase)\n", ""),
     "the producer waits for the other phase": once("(t // STAGES + 1) & 1", "(t // STAGES) & 1"),
-    "the consumer waits for the other phase": once("k_ready.index(slot), (t // STAGES) & 1", "k_ready.index(slot), (t // STAGES + 1) & 1"),
+    "the consumer waits for the other phase": once(
+        "k_ready.index(slot), (t // STAGES) & 1", "k_ready.index(slot), (t // STAGES + 1) & 1"
+    ),
     "keys are never freed": once("        mbarrier.arrive(k_free.index(slot))\n", ""),
     "values are never freed": once("        mbarrier.arrive(v_free.index(before))\n", ""),
-    "one consumer frees for both": once("mbarrier.init(k_free.index(slot), count=CONSUMERS)", "mbarrier.init(k_free.index(slot), count=1)"),
+    "one consumer frees for both": once(
+        "mbarrier.init(k_free.index(slot), count=CONSUMERS)", "mbarrier.init(k_free.index(slot), count=1)"
+    ),
     # (Of keys the same is no fault: the producer asks for the next ones after values that are freed later.)
     "values are freed before their product is waited for": once(
         "        acc, p = warpgroup_mma_wait(0, deps=[acc, p])\n        mbarrier.arrive(v_free.index(before))\n",
         "        mbarrier.arrive(v_free.index(before))\n        acc, p = warpgroup_mma_wait(0, deps=[acc, p])\n",
     ),
     "the wait leaves the scores under way": once("warpgroup_mma_wait(1, deps=[s])", "warpgroup_mma_wait(2, deps=[s])"),
-    "the wait leaves the sum under way": once("acc, p = warpgroup_mma_wait(0, deps=[acc, p])\n        ", "acc, p = warpgroup_mma_wait(1, deps=[acc, p])\n        "),
+    "the wait leaves the sum under way": once(
+        "acc, p = warpgroup_mma_wait(0, deps=[acc, p])\n        ", "acc, p = warpgroup_mma_wait(1, deps=[acc, p])\n        "
+    ),
     "the weights' registers are not kept": once(
         "acc, p = warpgroup_mma_wait(0, deps=[acc, p])\n        ", "acc = warpgroup_mma_wait(0, deps=[acc])\n        "
     ),
     "values are those of the scores": once("        before = (t - 1) % STAGES\n", "        before = t % STAGES\n"),
     "the last values' slot is one off": once("    slot = (steps - 1) % STAGES\n", "    slot = steps % STAGES\n"),
-    "too few bytes are announced": once("mbarrier.expect(v_ready.index(slot), BLOCK_N * D * 2)", "mbarrier.expect(v_ready.index(slot), BLOCK_N * D)"),
+    "too few bytes are announced": once(
+        "mbarrier.expect(v_ready.index(slot), BLOCK_N * D * 2)", "mbarrier.expect(v_ready.index(slot), BLOCK_N * D)"
+    ),
     "the mask shows one key more": once("n[None, :] <= position[:, None]", "n[None, :] <= position[:, None] + 1"),
     "the mask hides the query's own key": once("n[None, :] <= position[:, None]", "n[None, :] < position[:, None]"),
     "one masked tile too few": once("gl.maximum(steps - full, 1)", "1"),
@@ -230,7 +238,9 @@ def test_it_refuses_until_the_self_test_has_compared_it(emulated, monkeypatch, t
     assert self_test("cpu", gluon=True)["rope_attention by gluon"] == "passed"
 
 
-@pytest.mark.parametrize("fault, reason", [("sums do not fade", "result is wrong: relative error"), ("keys are never freed", "Deadlock")])
+@pytest.mark.parametrize(
+    "fault, reason", [("sums do not fade", "result is wrong: relative error"), ("keys are never freed", "Deadlock")]
+)
 def test_a_wrong_kernel_does_not_pass_the_self_test(emulated, monkeypatch, tmp_path, fault, reason):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(SELF_TEST, "_cases", lambda: [])

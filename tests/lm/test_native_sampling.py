@@ -1,4 +1,5 @@
-"""The native kernel that draws tokens: what plain torch draws, a row what it draws alone, nothing else touched, NaN left to torch."""
+"""The native kernel that draws tokens: what plain torch draws, a row what it draws alone, nothing else touched,
+NaN left to torch."""
 
 from __future__ import annotations
 

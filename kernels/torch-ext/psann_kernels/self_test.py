@@ -45,11 +45,12 @@ def self_test(device: str | torch.device | None = None, *, again: bool = False, 
 
     device  default: the current GPU; the CPU where TRITON_INTERPRET=1 runs the kernels there
     again   whether to run it although the cache folder (XDG_CACHE_HOME or ~/.cache, psann-fast/self-test.json) has the answer
-    gluon   whether to compare rope_attention's Gluon kernel with the Triton one too, on Hopper, and let backend "gluon" serve if they
-            agree. Asked for by name, because no GPU has run that kernel yet: a wrong barrier in it would not fail but hang.
+    gluon   whether to compare rope_attention's Gluon kernel with the Triton one too, on Hopper, and let backend "gluon" serve if
+            they agree. Asked for by name, because no GPU has run that kernel yet: a wrong barrier in it would not fail but hang.
 
     Returns op -> "passed", or the reason with which backend "triton" refuses it on this device from now on; {"triton": why} where
-    no kernel can run; with `gluon` also "rope_attention by gluon" -> the same. Takes about a second beyond compiling. Raises RuntimeError inside a trace or a graph capture.
+    no kernel can run; with `gluon` also "rope_attention by gluon" -> the same. Takes about a second beyond compiling. Raises
+    RuntimeError inside a trace or a graph capture.
     """
     if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         raise RuntimeError("self_test: it runs kernels and reads their results; call it before tracing or capturing a graph")
@@ -75,7 +76,8 @@ def self_test(device: str | torch.device | None = None, *, again: bool = False, 
 
 
 def _test_gluon(device: torch.device, again: bool) -> str:
-    """Whether the Gluon kernel gives the Triton twin's o and log-sum-exp, and in five runs the same bits; as `self_test` says it."""
+    """Whether the Gluon kernel gives the Triton twin's o and log-sum-exp, and in five runs the same bits;
+    as `self_test` says it."""
     kernels = importlib.import_module(".rope_attention_gluon", __package__)
     if (reason := kernels.refuses_device(device)) is not None:
         return reason
