@@ -203,21 +203,43 @@ def test_no_import_cycles(package):
     assert not graph, f"import cycle among {sorted(graph)}"
 
 
-def test_no_machine_paths_in_tracked_files():
+def tracked_texts() -> Iterator[tuple[str, list[str]]]:
+    """(name, lines) of every text file that git tracks; skips the test where there is no checkout."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, tracked):
+        path = ROOT / name
+        if path.is_file() and b"\0" not in (data := path.read_bytes())[:4096]:
+            yield name, data.decode(errors="replace").splitlines()
+
+
+def too_wide(lines: list[str]) -> Iterator[tuple[int, int]]:
+    """(line, columns) of the lines of more than 132 columns."""
+    yield from ((number, len(line)) for number, line in enumerate(lines, 1) if len(line) > 132)
+
+
+def test_no_line_of_source_is_over_132_columns():
+    assert list(too_wide(["x" * 132, "x" * 133])) == [(2, 133)]
+    findings = [
+        f"{name}:{number}: {columns} columns; break it"
+        for name, lines in tracked_texts()
+        if Path(name).suffix in (".py", ".cpp", ".h", ".hpp", ".cu", ".cuh")
+        for number, columns in too_wide(lines)
+    ]
+    assert not findings, "\n".join(findings)
+
+
+def test_no_machine_paths_in_tracked_files():
     places = re.compile(
         "|".join(["/" + "work/", "/" + r"tmp/\w", "/" + r"root/\w", "/" + r"home/\w", "/" + r"Users/\w", r"\b[A-Z]:" + r"\\Users"])
     )
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    findings = []
-    for name in filter(None, tracked):
-        path = ROOT / name
-        if not path.is_file() or b"\0" in (data := path.read_bytes())[:4096]:
-            continue
-        for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
-            if places.search(line):
-                findings.append(f"{name}:{number}: {line.strip()[:120]}")
+    findings = [
+        f"{name}:{number}: {line.strip()[:120]}"
+        for name, lines in tracked_texts()
+        for number, line in enumerate(lines, 1)
+        if places.search(line)
+    ]
     assert not findings, "\n".join(findings)
 
 
