@@ -4,13 +4,12 @@ A partition is a thread; one runs at a time, and a seeded choice says who goes o
 tensor memory accelerator (TMA) land at any moment after they were issued. Found are:
 
 - a product that reads a tile whose bytes its partition has not waited for, or one that was never filled;
-- a copy into a tile that some product may still read: each read must be known, through a chain of arrivals and waits,
-  to be done before;
+- a copy into a tile that some product may still read: a chain of arrivals and waits must say that each read is done before;
 - a product's result, or registers it reads, used or left before the wait that covers it;
 - barriers that are arrived at too often or get more bytes than were announced; deadlocks; copies that nobody waited for;
 - stores outside a tensor, or twice to one element.
 
-Shared memory begins as NaN, and again when a copy into it starts. Layouts are ignored: the compiler checks those, and the gate
+Shared memory begins as NaN, and again when a copy into it starts. Layouts are ignored: the compiler checks those, and gluon_gate.py
 compiles. Division of negative numbers rounds down here and towards zero on a GPU. Proxy fences, and what warps of one partition do
 apart, are not modelled.
 """

@@ -1,0 +1,90 @@
+"""Compiles the Gluon kernels for sm_90 without a GPU and reads what came out, as gate.py does for the Triton ones.
+
+    PYTHONPATH=kernels/torch-ext python tests/kernels/gluon_gate.py
+
+prints a line of JSON for each configuration of rope_attention_gluon, with the Triton that is found on the path.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Iterator
+
+SHARED = 232448  # bytes that one program may have on sm_90
+REGISTERS = 65536  # of a multiprocessor
+
+
+def unsynchronized_arrivals(ptx: str) -> int:
+    """Arrivals by one thread after products were waited for, without a barrier of the partition in between: each warp waits for its
+    own part of a product alone, so one of them cannot say that all are done."""
+    found, is_apart = 0, False
+    for word in re.findall(r"wgmma\.wait_group|bar\.sync|mbarrier\.arrive\.shared", ptx):
+        if word == "mbarrier.arrive.shared":
+            found += is_apart
+        else:
+            is_apart = word == "wgmma.wait_group"
+    return found
+
+
+def faults(result: dict[str, Any]) -> Iterator[str]:
+    """A sentence for each rule that a compilation breaks."""
+    what = f"{result['name']}, Triton {result['triton']}"
+    if result["shared"] > SHARED:
+        yield f"{what}: {result['shared']} bytes of shared memory; sm_90 has {SHARED}"
+    if result["stack"]:
+        yield f"{what}: spills {result['stack']} bytes a thread"
+    if result["registers"] * 32 * result["warps"] > REGISTERS:
+        yield f"{what}: {result['registers']} registers in {result['warps']} warps; a multiprocessor has {REGISTERS}"
+    for instruction in ("HGMMA", "UTMALDG", "USETMAXREG"):
+        if not result[instruction]:
+            yield f"{what}: has no {instruction}"
+    if result["asynchronous waits"] < 2 and "one query" not in result["name"]:  # which needs no loop
+        yield f"{what}: no loop waits for the older of two products, so nothing runs beside the exponentials"
+    if result["unsynchronized arrivals"]:
+        yield f"{what}: {result['unsynchronized arrivals']} arrivals at barriers before all warps have waited for their products"
+
+
+def compile_one(configuration: Any) -> dict[str, Any]:
+    import sass
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    kernel, signature, constexprs, attributes = configuration.kernel, {}, dict(configuration.constexprs), {}
+    for place, name in enumerate(kernel.arg_names):
+        kind, _, hint = configuration.signature.get(name, "constexpr").partition(":")
+        signature[name] = kind
+        if hint == "16":
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif hint == "1":
+            signature[name], constexprs[name] = "constexpr", 1
+    compiled = triton.compile(
+        GluonASTSource(kernel, signature, constexprs, attributes),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": configuration.num_warps, "num_stages": configuration.num_stages, "enable_fp_fusion": True},
+    )
+    code = sass.disassemble(compiled.asm["cubin"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    return {
+        "name": configuration.name,
+        "triton": triton.__version__,
+        "registers": code.registers,
+        "stack": code.stack,
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+        **{instruction: code.count(instruction) for instruction in ("HGMMA", "UTMALDG", "USETMAXREG")},
+        "asynchronous waits": sum(i.name == "WARPGROUP.DEPBAR.LE" and i.operands.endswith("0x1") for i in code.instructions),
+        "unsynchronized arrivals": unsynchronized_arrivals(compiled.asm["ptx"]),
+    }
+
+
+def main() -> None:
+    from psann_kernels import rope_attention_gluon
+
+    for configuration in rope_attention_gluon.configurations():
+        print("RESULT " + json.dumps(compile_one(configuration)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

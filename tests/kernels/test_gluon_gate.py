@@ -1,0 +1,70 @@
+"""The Gluon kernels compile for sm_90 with both Tritons and are what they should be, on a machine without a GPU (gluon_gate.py)."""
+
+import json
+import os
+import subprocess
+import sys
+
+import gluon_gate
+import pytest
+from gate import PACKAGE
+from test_gate import pinned_triton  # noqa: F401 (a fixture)
+
+pytest.importorskip("triton.experimental.gluon")
+
+
+def results(triton_path, cache):
+    paths = [str(triton_path)] if triton_path else []
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join([*paths, str(PACKAGE.parent)])}
+    done = subprocess.run([sys.executable, gluon_gate.__file__], capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+
+
+def assert_no_faults(found):
+    assert len(found) == 3
+    assert [fault for result in found for fault in gluon_gate.faults(result)] == []
+
+
+def test_every_gluon_configuration_passes_with_the_installed_triton(tmp_path):
+    assert_no_faults(results(None, tmp_path))
+
+
+def test_every_gluon_configuration_passes_with_the_pinned_triton(pinned_triton, tmp_path):  # noqa: F811
+    found = results(pinned_triton, tmp_path)
+    assert_no_faults(found)
+    assert pinned_triton is None or {result["triton"] for result in found} == {"3.6.0"}
+
+
+GOOD = {
+    "name": "x", "triton": "0", "registers": 168, "stack": 0, "shared": 232448, "warps": 12, "HGMMA": 1, "UTMALDG": 1,
+    "USETMAXREG": 1, "asynchronous waits": 4, "unsynchronized arrivals": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        ({"shared": 232449}, "232449 bytes of shared memory"),
+        ({"stack": 8}, "spills 8 bytes"),
+        ({"registers": 176}, "176 registers in 12 warps"),
+        ({"HGMMA": 0}, "has no HGMMA"),
+        ({"UTMALDG": 0}, "has no UTMALDG"),
+        ({"USETMAXREG": 0}, "has no USETMAXREG"),
+        ({"asynchronous waits": 0}, "nothing runs beside the exponentials"),
+        ({"unsynchronized arrivals": 1}, "1 arrivals at barriers"),
+    ],
+    ids=str,
+)
+def test_the_gate_finds(change, fault):
+    assert list(gluon_gate.faults(GOOD)) == []
+    (found,) = gluon_gate.faults(GOOD | change)
+    assert fault in found
+
+
+def test_an_arrival_before_all_warps_are_there_is_seen():
+    wait, sync = "wgmma.wait_group.sync.aligned 0;\n", "bar.sync 0, 128;\n"
+    arrive = "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1];\n"
+    assert gluon_gate.unsynchronized_arrivals(wait + sync + arrive) == 0
+    assert gluon_gate.unsynchronized_arrivals(sync + wait + arrive) == 1
