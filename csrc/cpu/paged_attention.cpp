@@ -214,33 +214,65 @@ INLINE void score_all(const PagedAttention& a, const Rows& rows, const Tile<T>& 
     }
 }
 
-// Turns a row's scores first to last - 1 into probabilities (unscaled), and brings its earlier sum and output to the new maximum.
-INLINE void renew(const Rows& rows, int64_t row, int64_t tile_begin) {
-    float *s = rows.scores + row * TILE_KEYS, *o = rows.o + row * rows.stride, largest = rows.largest[row];
+// 2^x of an x that is at most 0, or NaN: it is 0 below the least normal number.
+INLINE Float exp2_at_most_one(Float x) {
+    Float n = x + ROUNDER, p[1];
+    Float f[1] = {x - (n - ROUNDER)};
+    horner(EXP2, f, p);
+    // A product, since a NaN must stay one. What x below -126 makes of f and of the scale is never seen.
+    return (Float)((Int)(p[0] * (Float)(((Uint)n << 23) + 0x3f800000u)) & ~(x < -126.0f));
+}
+
+// Turns scores first to last - 1 of R rows, which see the same keys, into probabilities (unscaled), and brings the rows' earlier
+// sums and outputs to the new maxima. Several rows together, since each waits for its own maximum and sum.
+template <int R> INLINE void renew(const Rows& rows, int64_t row, int64_t tile_begin) {
+    float* s = rows.scores + row * TILE_KEYS;
     int64_t first = rows.first[row], last = rows.last[row];
-    if (rows.slope[row] != 0.0f) {
-        for (int64_t key = first; key < last; key++)
-            s[key] -= rows.slope[row] * static_cast<float>(rows.to[row] - 1 - (tile_begin + key));
-    }
-    // The lanes around the row's keys become 0.
+    // The lanes around the rows' keys become 0.
     int64_t begin = first / WIDTH * WIDTH, end = (last + WIDTH - 1) / WIDTH * WIDTH;
-    for (int64_t key = begin; key < first; key++) s[key] = -INFINITY;
-    for (int64_t key = last; key < end; key++) s[key] = -INFINITY;
-    Float highest = all(largest);
-    for (int64_t key = begin; key < end; key += WIDTH) highest = max(load(s + key), highest);
-    largest = maximum(highest);
-    float factor = rows.largest[row] == largest ? 1.0f : exp2_product_any(all(rows.largest[row] - largest), all(1.0f))[0];
-    Float total = {};
-    for (int64_t key = begin; key < end; key += WIDTH) {
-        Float x = load(s + key) - largest, p = exp2_product_any(x, all(1.0f));
-        p = x == x ? p : x;
-        store(s + key, p);
-        total += p;
+    Float highest[R];
+    float largest[R], total[R];
+    EACH(R) {
+        float* own = s + i * TILE_KEYS;
+        if (float slope = rows.slope[row + i]; slope != 0.0f) {
+            int64_t distance = rows.to[row + i] - 1 - tile_begin;
+            for (int64_t key = first; key < last; key++) own[key] -= slope * static_cast<float>(distance - key);
+        }
+        for (int64_t key = begin; key < first; key++) own[key] = -INFINITY;
+        for (int64_t key = last; key < end; key++) own[key] = -INFINITY;
+        highest[i] = all(rows.largest[row + i]);
     }
-    rows.sum[row] = rows.sum[row] * factor + sum(total);
-    rows.largest[row] = largest;
-    if (factor == 1.0f) return;
-    for (int64_t d = 0; d < rows.stride; d += WIDTH) store(o + d, load(o + d) * factor);
+    for (int64_t key = begin; key < end; key += WIDTH) EACH(R) highest[i] = max(load(s + i * TILE_KEYS + key), highest[i]);
+    EACH(R) largest[i] = maximum(highest[i]), highest[i] = all(largest[i]);
+    Float sums[R] = {};
+    for (int64_t key = begin; key < end; key += WIDTH) {
+        EACH(R) {
+            Float p = exp2_at_most_one(load(s + i * TILE_KEYS + key) - highest[i]);
+            store(s + i * TILE_KEYS + key, p);
+            sums[i] += p;
+        }
+    }
+    if constexpr (R == 4) sum_each(sums, total);
+    else EACH(R) total[i] = sum(sums[i]);
+    EACH(R) {
+        float before = rows.largest[row + i];
+        if (before == largest[i]) {
+            rows.sum[row + i] += total[i];
+            continue;
+        }
+        float factor = exp2_at_most_one(all(before - largest[i]))[0], *o = rows.o + (row + i) * rows.stride;
+        rows.sum[row + i] = rows.sum[row + i] * factor + total[i];
+        rows.largest[row + i] = largest[i];
+        for (int64_t d = 0; d < rows.stride; d += WIDTH) store(o + d, load(o + d) * factor);
+    }
+}
+
+// Rows from `row` to `end`, of at most four, that see the same keys of the tile.
+INLINE int64_t alike(const Rows& rows, int64_t row, int64_t end) {
+    int64_t count = 1;
+    auto same = [&](int64_t other) { return rows.first[other] == rows.first[row] && rows.last[other] == rows.last[row]; };
+    while (count < 4 && row + count < end && same(row + count)) count++;
+    return count;
 }
 
 // Adds to R rows' outputs, from feature d on N pairs of vectors (the last of `count` elements), probabilities times the values of
@@ -289,8 +321,11 @@ template <class T> void attend(const PagedAttention& a, const Rows& rows, const 
     Ahead<T> k(next.k, next.end - next.begin, heads, a.k_cache.head_stride, a.head_dim);
     for (; key + 4 <= keys; key += 4) score_all<4>(a, rows, tile, k, key);
     for (; key < keys; key++) score_all<1>(a, rows, tile, k, key);
-    for (int64_t r = 0; r < rows.count; r++)
-        if (rows.first[r] < rows.last[r]) renew(rows, r, tile.begin);
+    for (int64_t r = 0; r < rows.count;) {
+        bool together = alike(rows, r, rows.count) == 4;
+        if (rows.first[r] < rows.last[r]) together ? renew<4>(rows, r, tile.begin) : renew<1>(rows, r, tile.begin);
+        r += together ? 4 : 1;
+    }
     Ahead<T> v(next.v, next.end - next.begin, heads, a.v_cache.head_stride, a.head_dim);
     int64_t lines = GATHERED * a.head_dim * static_cast<int64_t>(sizeof(T)) / 64 + 1;
     for (int64_t begin = 0; begin < keys; begin += GATHERED) {
@@ -300,11 +335,9 @@ template <class T> void attend(const PagedAttention& a, const Rows& rows, const 
             if (r % rows.per_head == 0) v.fetch(lines);
             if (first >= last) continue;
             // Only rows that see the same keys go together: a key that one of them must not see could be NaN, and 0 * NaN is NaN.
-            int64_t alike = 1, end = (r / rows.per_head + 1) * rows.per_head;
-            while (alike < 4 && r + alike < end && rows.first[r + alike] == rows.first[r] && rows.last[r + alike] == rows.last[r])
-                alike++;
-            if (alike == 4) gather_all<4>(rows, r, tile.v, offset, a.head_dim, first, last), r += 3;
-            else if (alike >= 2) gather_all<2>(rows, r++, tile.v, offset, a.head_dim, first, last);
+            int64_t together = alike(rows, r, (r / rows.per_head + 1) * rows.per_head);
+            if (together == 4) gather_all<4>(rows, r, tile.v, offset, a.head_dim, first, last), r += 3;
+            else if (together >= 2) gather_all<2>(rows, r++, tile.v, offset, a.head_dim, first, last);
             else gather_all<1>(rows, r, tile.v, offset, a.head_dim, first, last);
         }
     }
