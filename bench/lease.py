@@ -17,7 +17,7 @@ from typing import Any, Callable
 from . import plots, suite
 from .conditions import table
 
-ORDER = ("device", "ops", "peers", "lm", "decoding", "compile")
+ORDER = ("device", "ops", "peers", "lm", "decoding", "compile", "gluon")
 GRACE = 60.0  # seconds beyond its limit that a section gets to finish a case before it is ended
 
 

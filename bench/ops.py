@@ -18,7 +18,7 @@ from .cases import cases
 from .timing import Call, Prepared, Times, Yardsticks, copies_beyond, extra_bytes
 
 BACKENDS = ("triton", "native", "torch")
-OWN = ("auto", *BACKENDS)
+OWN = ("auto", *BACKENDS, "gluon")
 # Our bound is ours alone: Inductor's sums over one long chain, for one, exceed it by some half. Without a time for them we would
 # win by default, so others are timed up to this many times what is allowed, and their error_share tells.
 OTHERS_SHARE = 16.0

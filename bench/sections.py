@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from . import compiling, decoding, device, lm, ops, peers, suite
+from . import compiling, decoding, device, gluon, lm, ops, peers, suite
 from .timing import CPUTimer, CUDATimer
 
 SECTIONS = {
@@ -16,6 +16,7 @@ SECTIONS = {
     "decoding": decoding.decoding_section,
     "compile": compiling.compile_section,
     "device": device.device_section,
+    "gluon": gluon.gluon_section,
 }
 
 

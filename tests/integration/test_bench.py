@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench import __main__ as command  # noqa: E402 (bench is no installed package)
 from bench import (  # noqa: E402
-    cases, cases_attention, check, compiling, decoding, device, lease, lm, ops, peers, plots, sections, suite, timing,
+    cases, cases_attention, check, compiling, decoding, device, gluon, lease, lm, ops, peers, plots, sections, suite, timing,
 )  # fmt: skip
 
 CONDITIONS = {"section": "ops", "commit": "abc", "date": "2026-01-01"}
@@ -512,6 +512,7 @@ def test_a_lease_runs_every_section_and_restarts_one_that_got_further(tmp_path, 
         ("lm", True),
         ("decoding", True),
         ("compile", True),
+        ("gluon", True),
     ]
     told = capsys.readouterr().out
     assert "peers: ended 60 s after its limit" in told and "lm: ended with status 1 and nothing new" in told
@@ -543,6 +544,13 @@ def test_a_graphed_training_step_moves_the_weights_that_a_plain_one_moves(monkey
             step()
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+def test_gluon_stands_beside_triton_or_says_why_not():
+    (name, measure), *cases = gluon.gluon_section(tiny("rope_attention"))
+    assert name == "self-test" and len(measure()) == 1
+    (row,) = [row for row in cases[0][1]() if row["backend"] == "gluon"]
+    assert "capability 9.0 (Hopper)" in row["refused"]
 
 
 def test_decoding_tells_steps_and_their_share_of_the_bound(tmp_path):
