@@ -1,4 +1,4 @@
-"""Section gluon: rope_attention's Gluon forward beside the plain Triton one. Last in a lease: a wrong barrier would hang, not fail."""
+"""Section gluon: rope_attention by Gluon beside plain Triton. Last in a lease, since a wrong barrier would hang and not fail."""
 
 from __future__ import annotations
 
