@@ -190,6 +190,19 @@ def key_of(configuration: Any, target: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
+def specialized(configuration: Any) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+    """The signature, constants and attributes that a compiler takes, from hints such as "i32:16" and "i32:1"."""
+    signature, constexprs, attributes = {}, dict(configuration.constexprs), {}
+    for place, name in enumerate(configuration.kernel.arg_names):
+        kind, _, hint = configuration.signature.get(name, "constexpr").partition(":")
+        signature[name] = kind
+        if hint == "16":
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif hint == "1":
+            signature[name], constexprs[name] = "constexpr", 1
+    return signature, constexprs, attributes
+
+
 def compile_one(configuration: Any, target_name: str) -> Result:
     import sass
     import triton
@@ -203,14 +216,7 @@ def compile_one(configuration: Any, target_name: str) -> Result:
         raise ValueError(
             f"{configuration.name}: lists the arguments {arguments}, the kernel takes {configuration.kernel.arg_names}"
         )
-    signature, constexprs, attributes = {}, dict(configuration.constexprs), {}
-    for place, name in enumerate(configuration.kernel.arg_names):
-        kind, _, hint = configuration.signature.get(name, "constexpr").partition(":")
-        signature[name] = kind
-        if hint == "16":
-            attributes[(place,)] = [["tt.divisibility", 16]]
-        elif hint == "1":
-            signature[name], constexprs[name] = "constexpr", 1
+    signature, constexprs, attributes = specialized(configuration)
     options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages, "enable_fp_fusion": True}
     compiled = triton.compile(
         ASTSource(fn=configuration.kernel, signature=signature, constexprs=constexprs, attrs=attributes),

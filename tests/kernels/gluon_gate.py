@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import Any, Iterator
 
+from gate import specialized
+
 SHARED = 232448  # bytes that one program may have on sm_90
 REGISTERS = 65536  # of a multiprocessor
 
@@ -52,16 +54,9 @@ def compile_one(configuration: Any) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    kernel, signature, constexprs, attributes = configuration.kernel, {}, dict(configuration.constexprs), {}
-    for place, name in enumerate(kernel.arg_names):
-        kind, _, hint = configuration.signature.get(name, "constexpr").partition(":")
-        signature[name] = kind
-        if hint == "16":
-            attributes[(place,)] = [["tt.divisibility", 16]]
-        elif hint == "1":
-            signature[name], constexprs[name] = "constexpr", 1
+    signature, constexprs, attributes = specialized(configuration)
     compiled = triton.compile(
-        GluonASTSource(kernel, signature, constexprs, attributes),
+        GluonASTSource(configuration.kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", 90, 32),
         options={"num_warps": configuration.num_warps, "num_stages": configuration.num_stages, "enable_fp_fusion": True},
     )
