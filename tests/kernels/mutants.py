@@ -66,6 +66,14 @@ EQUIVALENT: dict[str, str] = {
     "rms_norm_triton.py _backward_wide_kernel constant: 0.0 -> 1.0 (3)": _UNUSED,
     "rope_attention_tiles_triton.py key_range comparison: i < queries -> (i <= queries)": _EXISTS,
     "wave_conv_triton.py _backward_kernel constant: 0.0 -> 1.0 (4)": _COLUMN,
+    "wave_conv_triton.py _backward_kernel mask: (token >= 0) & (token < end) & inside -> ((token >= 0) & (token < end))": (
+        f"{_COLUMN}; a block is narrower than two rows and these tokens are followed by another, so that nothing past x is read"
+    ),
+    **{
+        f"wave_conv_triton.py {kernel} cast: widen(tl.load(bias_ptr + c, mask=inside, other=0.0))"
+        " -> (tl.load(bias_ptr + c, mask=inside, other=0.0))": "it is added to a float32, which widens it"
+        for kernel in ("_forward_kernel", "_backward_kernel")
+    },
     "wave_conv_triton.py _forward_kernel constant: 0.0 -> 1.0 (3)": _COLUMN,
 }
 
