@@ -138,13 +138,16 @@ template <int MODE> INLINE Float damped_by(Float z) {
 
 // What depends on the feature alone, for a tile of features; lanes past the last feature are 0 and compute 0.
 template <int TILE> struct Features {
-    alignas(64) float amplitude[TILE], frequency[TILE], damping[TILE];
-    alignas(64) float high[TILE], low[TILE];    // frequency / pi
-    alignas(64) float exponent[TILE];           // -damping * log2(e)
-    alignas(64) float steepness[TILE];          // amplitude * frequency
-    alignas(64) float decay[TILE];              // -amplitude * damping
-    alignas(64) float near[TILE];               // |z| below it: no care is needed, and what comes out is no NaN
-    alignas(64) float far[TILE];                // |z| below it: 2^x may underflow, but nothing overflows
+    // Apart by 5 cache lines more than a power of two: else all of them, and the rows of z and y, would meet in one set of the
+    // first-level cache.
+    static constexpr int ROOM = TILE + 80;
+    alignas(64) float amplitude[ROOM], frequency[ROOM], damping[ROOM];
+    alignas(64) float high[ROOM], low[ROOM];    // frequency / pi
+    alignas(64) float exponent[ROOM];           // -damping * log2(e)
+    alignas(64) float steepness[ROOM];          // amplitude * frequency
+    alignas(64) float decay[ROOM];              // -amplitude * damping
+    alignas(64) float near[ROOM];               // |z| below it: no care is needed, and what comes out is no NaN
+    alignas(64) float far[ROOM];                // |z| below it: 2^x may underflow, but nothing overflows
 
     void fill(const float* a, const float* f, const float* d, int64_t count) {
         for (int64_t i = 0; i < count; i += WIDTH) {
