@@ -54,6 +54,7 @@ class Judgement:
     dz_allowed: Tensor
     parameters_allowed: tuple[Tensor, Tensor, Tensor]
     envelope: Tensor
+    highest: Tensor  # the envelope and what rounding d |x| to float32 adds to it
     is_known: Tensor  # where |f z| is at most 2^22
     is_in_turns: Tensor  # where |f z| is at most 1e5
 
@@ -63,7 +64,7 @@ class Judgement:
         self._compare(f"{what} dz", dz, self.dz, self.dz_allowed, self.is_known)
         if in_turns:
             self._compare(f"{what} y, reduced in turns", y, self.y, self.y_allowed_in_turns, self.is_in_turns)
-        beyond = ~self.is_known & (y.double().abs() > self.envelope * (1 + 8 * UNIT) + half_ulp(self.envelope, y.dtype))
+        beyond = ~self.is_known & (y.double().abs() > self.highest + half_ulp(self.envelope, y.dtype))
         assert not beyond.any(), f"{what}: |y| exceeds the envelope at {beyond.nonzero()[0].tolist()}"
         columns = self.is_known.flatten(0, -2).all(0) if self.y.dim() > 1 else self.is_known
         for name, got, truth, allowed in zip(
@@ -122,6 +123,7 @@ def judge(z: Tensor, amplitude: Tensor, frequency: Tensor, damping: Tensor, dy: 
             for size, term in zip(sizes, terms)
         ),
         envelope=envelope,
+        highest=envelope * (1 + UNIT * (8 + 2 * (d * x).abs())),
         is_known=(f * x).abs() <= PHASE_LIMIT,
         is_in_turns=(f * x).abs() <= 1e5,
     )
