@@ -12,7 +12,7 @@
 namespace PSANN_NAMESPACE {
 namespace {
 
-constexpr int TILE = 256;
+constexpr int TILE = 512;
 constexpr int PAIR = 2;  // tokens that go through each step together
 constexpr int MAX_TAPS = WAVE_CONV_MAX_TAPS;
 constexpr int64_t BLOCK_TOKENS = 64;
@@ -110,11 +110,11 @@ template <class T, int MODE> static void forward(const WaveConvForward& f) {
     });
 }
 
-// What is added up over tokens, per feature.
+// What is added up over tokens, per feature. A call uses the first of the weights.
 struct Sums {
-    alignas(64) float weight[MAX_TAPS][TILE], bias[TILE], amplitude[TILE], frequency[TILE], damping[TILE];
+    alignas(64) float bias[TILE], amplitude[TILE], frequency[TILE], damping[TILE], weight[MAX_TAPS][TILE];
 };
-constexpr int64_t SUMS = MAX_TAPS + 4;
+constexpr int64_t OTHERS = 4, SUMS = OTHERS + MAX_TAPS;  // of which the weights are the last
 
 INLINE void add(float* into, Float x) { store(into, load(into) + x); }
 
@@ -141,8 +141,9 @@ template <class T, int MODE> static void backward(const WaveConvBackward& b) {
         taps.fill(a, column, columns);
         features.fill(a.amplitude + column, a.frequency + column, a.damping + column, columns);
         Sums block;
-        float *total = partial.data + piece * SUMS * TILE, *sums = block.weight[0];
-        for (int64_t i = 0; i < SUMS * TILE; i++) total[i] = sums[i] = 0.0f;
+        float *total = partial.data + piece * SUMS * TILE, *sums = block.bias;
+        for (int64_t k = 0; k < OTHERS + taps_count; k++)
+            for (int64_t c = 0; c < columns; c += WIDTH) store(total + k * TILE + c, Float{}), store(sums + k * TILE + c, Float{});
         for (int64_t t = begin; t < end; t += PAIR) {
             bool pair = t + 1 < end;
             const T* from[PAIR][MAX_TAPS];
@@ -178,10 +179,11 @@ template <class T, int MODE> static void backward(const WaveConvBackward& b) {
                 add(block.damping + c, out[0].damping + out[1].damping);
             }
             if ((t + PAIR) % BLOCK_TOKENS == 0 || t + PAIR >= end) {
-                for (int64_t i = 0; i < SUMS * TILE; i += WIDTH) {
-                    add(total + i, load(sums + i));
-                    store(sums + i, Float{});
-                }
+                for (int64_t k = 0; k < OTHERS + taps_count; k++)
+                    for (int64_t c = 0; c < columns; c += WIDTH) {
+                        add(total + k * TILE + c, load(sums + k * TILE + c));
+                        store(sums + k * TILE + c, Float{});
+                    }
             }
         }
     });
@@ -216,12 +218,13 @@ template <class T, int MODE> static void backward(const WaveConvBackward& b) {
     for (int64_t f = 0; f < a.features; f++) {
         float sums[SUMS] = {};
         for (int64_t slab = 0; slab < slabs; slab++)
-            for (int64_t k = 0; k < SUMS; k++) sums[k] += partial.data[((slab * tiles + f / TILE) * SUMS + k) * TILE + f % TILE];
-        for (int j = 0; j < taps_count; j++) b.dweight[f * a.taps + j] = sums[j];
-        b.dbias[f] = sums[MAX_TAPS];
-        b.damplitude[f] = sums[MAX_TAPS + 1];
-        b.dfrequency[f] = a.amplitude[f] * sums[MAX_TAPS + 2];
-        b.ddamping[f] = -a.amplitude[f] * sums[MAX_TAPS + 3];
+            for (int64_t k = 0; k < OTHERS + taps_count; k++)
+                sums[k] += partial.data[((slab * tiles + f / TILE) * SUMS + k) * TILE + f % TILE];
+        b.dbias[f] = sums[0];
+        b.damplitude[f] = sums[1];
+        b.dfrequency[f] = a.amplitude[f] * sums[2];
+        b.ddamping[f] = -a.amplitude[f] * sums[3];
+        for (int j = 0; j < taps_count; j++) b.dweight[f * a.taps + j] = sums[OTHERS + j];
     }
 }
 
