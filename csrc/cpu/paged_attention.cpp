@@ -5,6 +5,7 @@
 // fetched while this one is used; each piece leaves its maximum, sum and unscaled output for a merge. Where splits lie depends on
 // positions alone, so a sequence gets the same bits whoever shares the call. More than SPLIT_TOKENS new tokens reuse what they
 // read: they are taken CHUNK at a time, one key/value head and all its keys a piece.
+#include <float.h>
 #include <math.h>
 
 #include "../kernels.h"
@@ -22,7 +23,6 @@ constexpr int64_t FINE = 1024;
 constexpr int64_t LONG_SPLIT = 512;   // beyond: a split costs its queries' preparation, and its first tile is fetched by nobody
 constexpr int64_t SPLIT_TOKENS = 16;
 constexpr int64_t CHUNK = 16;
-constexpr int64_t GATHERED = 16;  // keys whose values are added to one row before the next row's turn
 static_assert(SPLIT % TILE_KEYS == 0 && LONG_SPLIT % TILE_KEYS == 0 && FINE % SPLIT == 0 && FINE % LONG_SPLIT == 0,
     "a tile lies in one split");
 
@@ -53,14 +53,21 @@ struct Rows {
     int64_t count, per_head, first_head, stride;  // stride: head_dim padded to pairs of vectors
     float *q, *o;                                 // (count, stride), laid out as load_pair gives keys; q times
                                                   // softmax_scale * log2(e)
-    float *scores;                                // (count, TILE_KEYS)
-    float *largest, *sum;                         // (count): in units of log2
+    float *scores;                                // (TILE_KEYS, R) for each R rows that `together` puts side by side
+    float *largest, *sum;                         // (WIDTH) for the same rows, lane i that of row i % R: the maximum in units of
+                                                  // log2; the sum's lanes belong to different keys until `totals` adds them up
     float *slope;                                 // (count): taken off per token of distance
     int64_t *from, *to;                           // (count): keys that the row sees
     int64_t *first, *last;                        // (count): those in the tile at hand, counted from its begin
 };
 
-int64_t floats_for_rows(int64_t count, int64_t stride) { return count * (2 * stride + TILE_KEYS + 3 + 8); }
+constexpr int64_t LINE = 64;  // bytes of a line of a cache; a vector that lies across two takes twice the time to load
+int64_t floats_for_rows(int64_t count, int64_t stride) {
+    return count * (2 * stride + TILE_KEYS + 2 * WIDTH + 1 + 8) + LINE / static_cast<int64_t>(sizeof(float));
+}
+
+// Rows whose scores stand side by side, of those that are left of a head.
+static int64_t together(int64_t left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
 
 Rows rows_in(float* memory, int64_t heads, int64_t per_head, int64_t first_head, int64_t stride) {
     Rows r = {};
@@ -68,16 +75,16 @@ Rows rows_in(float* memory, int64_t heads, int64_t per_head, int64_t first_head,
     r.per_head = per_head;
     r.first_head = first_head;
     r.stride = stride;
-    r.from = reinterpret_cast<int64_t*>(memory);
-    r.to = r.from + r.count;
-    r.first = r.to + r.count;
-    r.last = r.first + r.count;
-    r.q = reinterpret_cast<float*>(r.last + r.count);
+    r.q = memory + (-reinterpret_cast<uintptr_t>(memory) % LINE) / sizeof(float);
     r.o = r.q + r.count * stride;
     r.scores = r.o + r.count * stride;
     r.largest = r.scores + r.count * TILE_KEYS;
-    r.sum = r.largest + r.count;
-    r.slope = r.sum + r.count;
+    r.sum = r.largest + r.count * WIDTH;
+    r.from = reinterpret_cast<int64_t*>(r.sum + r.count * WIDTH);
+    r.to = r.from + r.count;
+    r.first = r.to + r.count;
+    r.last = r.first + r.count;
+    r.slope = reinterpret_cast<float*>(r.last + r.count);
     return r;
 }
 
@@ -91,8 +98,9 @@ template <class T> void fill_rows(const PagedAttention& a, const Sequence& s, in
         rotate(a.rotary, position, a.head_dim, q, turned, a.softmax_scale * LOG2_E);
         for (int64_t d = 0; d < rows.stride; d++) to[place(d, q)] = d < a.head_dim ? turned[d] : 0.0f;
         for (int64_t d = 0; d < rows.stride; d++) turned[d] = 0.0f;
-        rows.largest[r] = -INFINITY;
-        rows.sum[r] = 0.0f;
+        // Not -infinity, so that a key that the row does not see has the probability 2^(-infinity - largest) = 0.
+        store(rows.largest + r * WIDTH, all(-FLT_MAX));
+        store(rows.sum + r * WIDTH, all(0.0f));
         rows.from[r] = oldest_seen(a, position);
         rows.to[r] = position + 1;
         rows.slope[r] = a.alibi_slopes != nullptr ? a.alibi_slopes[head] * LOG2_E : 0.0f;
@@ -111,14 +119,18 @@ void find_tile(const PagedAttention& a, int64_t sequence, const Rows& rows, int6
     tile.end = end;
     const int32_t* table = a.block_table + sequence * a.table_stride + begin / a.block_size;
     int64_t slot = begin % a.block_size;
-    auto place = [&](const Cache& cache) {
-        return static_cast<const T*>(cache.data) + *table * cache.block_stride + slot * cache.slot_stride +
-            rows.first_head * cache.head_stride;
-    };
-    for (int64_t i = 0; i < end - begin; i++) {
-        tile.k[i] = place(a.k_cache);
-        tile.v[i] = place(a.v_cache);
-        if (++slot == a.block_size) slot = 0, table++;
+    for (int64_t i = 0; i < end - begin; table++, slot = 0) {
+        auto place = [&](const Cache& cache) {
+            return static_cast<const T*>(cache.data) + *table * cache.block_stride + slot * cache.slot_stride +
+                rows.first_head * cache.head_stride;
+        };
+        const T *k = place(a.k_cache), *v = place(a.v_cache);
+        for (int64_t last = smaller(end - begin, i + a.block_size - slot); i < last; i++) {
+            tile.k[i] = k;
+            tile.v[i] = v;
+            k += a.k_cache.slot_stride;
+            v += a.v_cache.slot_stride;
+        }
     }
 }
 
@@ -126,168 +138,215 @@ void find_tile(const PagedAttention& a, int64_t sequence, const Rows& rows, int6
 template <class T> struct Ahead {
     const T* const* places;
     int64_t keys, heads, head_stride, bytes;  // bytes: that lie side by side, of one head or of all
-    int64_t key, head;
+    int64_t key = 0, head = 0;                // what comes after `end`
     const char *line = nullptr, *end = nullptr;
 
     INLINE_LAMBDA Ahead(const T* const* p, int64_t count, int64_t all_heads, int64_t stride, int64_t head_dim) {
-        bool together = stride == head_dim;
-        places = p, keys = count, heads = together ? 1 : all_heads, head_stride = stride;
-        bytes = head_dim * (together ? all_heads : 1) * static_cast<int64_t>(sizeof(T));
-        key = head = 0;
-        if (keys > 0) enter();
+        bool beside = stride == head_dim;
+        places = p, keys = count, heads = beside ? 1 : all_heads, head_stride = stride;
+        bytes = head_dim * (beside ? all_heads : 1) * static_cast<int64_t>(sizeof(T));
+        if (keys > 0) advance();
     }
-    INLINE_LAMBDA void enter() {
+    // Takes up what lies side by side next; false after the last.
+    INLINE_LAMBDA bool advance() {
+        if (key == keys) return false;
         line = reinterpret_cast<const char*>(places[key] + head * head_stride);
-        end = line + bytes;
+        end = line;
+        do {
+            end += bytes;
+            if (++head == heads) head = 0, key++;
+        } while (key < keys && reinterpret_cast<const char*>(places[key] + head * head_stride) == end);
+        return true;
     }
     INLINE_LAMBDA void fetch(int64_t lines) {
-        for (; lines > 0 && key < keys; lines--) {
-            __builtin_prefetch(line, 0, 2);
-            line += 64;
-            if (line < end) continue;
-            if (++head == heads) head = 0, key++;
-            if (key < keys) enter();
+        while (lines > 0) {
+            if (line >= end && !advance()) return;
+            int64_t now = smaller(lines, (end - line + 63) / 64);
+            lines -= now;
+            for (; now > 0; now--, line += 64) __builtin_prefetch(line, 0, 2);
         }
+    }
+    // What the caller will fetch line by line while it works; where so much does not lie side by side, it is fetched at once
+    // and `instead` is returned, which costs nothing to fetch.
+    INLINE_LAMBDA const char* take(int64_t amount, const void* instead) {
+        if (end - line < amount) {
+            fetch((amount + 63) / 64);
+            return static_cast<const char*>(instead);
+        }
+        line += amount;
+        return line - amount;
     }
 };
 
-// Scores of R rows with K keys.
-template <int R, int K, class T>
-INLINE void score(const float* q, int64_t stride, const T* const* keys, int64_t offset, int64_t head_dim, float* out) {
-    Float sums[R][K] = {};
+// Fetches the next BYTES.
+template <size_t BYTES> INLINE void fetch_each(const char*& soon) {
+    UNROLL for (size_t i = 0; i < BYTES; i += 64) __builtin_prefetch(soon + i, 0, 2);
+    soon += BYTES;
+}
+
+// Keys whose scores with R rows are added up at once. One row alone waits for memory: fewer keys, nearer to its order.
+constexpr int keys_at_once(int rows) { return rows == 1 ? 4 : 8 / rows; }
+
+// Scores of R rows with so many keys, key after key.
+template <int R, class T>
+INLINE void score(const float* q, int64_t stride, const T* const* keys, int64_t offset, int64_t head_dim, const char* soon,
+                  float* out) {
+    constexpr int K = keys_at_once(R);
+    Float sums[K * R] = {};
     const T* k[K];
     UNROLL for (int i = 0; i < K; i++) k[i] = keys[i] + offset;
-    // Keys whose features stand in registers at once; with many rows what is loaded of a row serves two of them.
-    constexpr int TOGETHER = R == 4 ? 2 : 1;
     auto add = [&](int64_t d, int64_t count) INLINE_LAMBDA {
-        UNROLL for (int i = 0; i < K; i += TOGETHER) {
-            Float x[TOGETHER][2];
-            UNROLL for (int j = 0; j < TOGETHER; j++) {
-                if (count == 2 * WIDTH) load_pair(k[i + j] + d, x[j]);
-                else load_pair(k[i + j] + d, count, x[j]);
-            }
-            UNROLL for (int r = 0; r < R; r++) {
-                UNROLL for (int half = 0; half < 2; half++) {
-                    Float own = load(q + r * stride + d + half * WIDTH);
-                    UNROLL for (int j = 0; j < TOGETHER; j++) sums[r][i + j] = fma(own, x[j][half], sums[r][i + j]);
+        auto features = [&](int i, Float (&x)[2]) INLINE_LAMBDA {
+            if (count == 2 * WIDTH) load_pair(k[i] + d, x);
+            else load_pair(k[i] + d, count, x);
+        };
+        // What there is less of stays in registers: the keys' features or the rows'.
+        if constexpr (R > K) {
+            Float x[K][2];
+            UNROLL for (int i = 0; i < K; i++) features(i, x[i]);
+            UNROLL for (int half = 0; half < 2; half++) {
+                UNROLL for (int r = 0; r < R; r++) {
+                    Float own = held(load(q + r * stride + d + half * WIDTH));
+                    UNROLL for (int i = 0; i < K; i++) sums[i * R + r] = fma(own, x[i][half], sums[i * R + r]);
                 }
+            }
+        } else {
+            Float own[R][2];
+            UNROLL for (int r = 0; r < R; r++) EACH(2) own[r][i] = load(q + r * stride + d + i * WIDTH);
+            UNROLL for (int i = 0; i < K; i++) {
+                Float x[2];
+                features(i, x);
+                UNROLL for (int half = 0; half < 2; half++)
+                    UNROLL for (int r = 0; r < R; r++) sums[i * R + r] = fma(own[r][half], x[half], sums[i * R + r]);
             }
         }
     };
     int64_t d = 0;
-    for (; d + 2 * WIDTH <= head_dim; d += 2 * WIDTH) add(d, 2 * WIDTH);
+    for (; d + 2 * WIDTH <= head_dim; d += 2 * WIDTH) {
+        fetch_each<K * 2 * WIDTH * sizeof(T)>(soon);
+        add(d, 2 * WIDTH);
+    }
     if (d < head_dim) add(d, head_dim - d);
-    if constexpr (K == 4) {
-        UNROLL for (int r = 0; r < R; r++) sum_each(sums[r], out + r * TILE_KEYS);
-    } else if constexpr (K == 2 && R % 2 == 0) {
-        UNROLL for (int r = 0; r < R; r += 2) {
-            float pairs[4];
-            sum_each({sums[r][0], sums[r][1], sums[r + 1][0], sums[r + 1][1]}, pairs);
-            for (int i = 0; i < 4; i++) out[(r + i / 2) * TILE_KEYS + i % 2] = pairs[i];
-        }
-    } else {
-        UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int i = 0; i < K; i++) out[r * TILE_KEYS + i] = sum(sums[r][i]);
+    sum_each(sums, out);
+}
+
+constexpr int GROUP = 4;  // keys that all heads take before the next ones, so that memory is read nearly in order
+
+// Scores of R rows with `count` keys, of at most GROUP, of the tile's from `key` on; behind them stands what will be left out.
+template <int R, class T>
+INLINE void score_rows(const PagedAttention& a, const Rows& rows, int64_t row, const T* const* keys, int64_t offset, int64_t key,
+                       int64_t count, Ahead<T>& ahead) {
+    for (int64_t i = 0; i < count; i += keys_at_once(R)) {
+        float* scores = rows.scores + row * TILE_KEYS + (key + i) * R;
+        const char* soon = ahead.take(keys_at_once(R) * a.head_dim * static_cast<int64_t>(sizeof(T)), scores);
+        score<R>(rows.q + row * rows.stride, rows.stride, keys + i, offset, a.head_dim, soon, scores);
     }
 }
 
-// Scores of all rows of the piece with K keys, from key `key` of the tile.
-template <int K, class T>
-INLINE void score_all(const PagedAttention& a, const Rows& rows, const Tile<T>& tile, Ahead<T>& ahead, int64_t key) {
-    int64_t heads = rows.count / rows.per_head, lines = K * a.head_dim * static_cast<int64_t>(sizeof(T)) / 64 + 1;
-    for (int64_t h = 0; h < heads; h++) {
-        int64_t offset = h * a.k_cache.head_stride;
-        ahead.fetch(lines);
-        int64_t r = h * rows.per_head, end = r + rows.per_head;
-        if constexpr (K == 4) {
-            for (; end - r >= 4; r += 4) {
-                score<4, 2>(rows.q + r * rows.stride, rows.stride, tile.k + key, offset, a.head_dim,
-                    rows.scores + r * TILE_KEYS + key);
-                score<4, 2>(rows.q + r * rows.stride, rows.stride, tile.k + key + 2, offset, a.head_dim,
-                    rows.scores + r * TILE_KEYS + key + 2);
+template <class T> INLINE void score_all(const PagedAttention& a, const Rows& rows, const Tile<T>& tile, Ahead<T>& ahead) {
+    int64_t keys = tile.end - tile.begin, heads = rows.count / rows.per_head;
+    for (int64_t key = 0; key < keys; key += GROUP) {
+        // Past the last key the last one stands again.
+        int64_t count = smaller(GROUP, keys - key);
+        const T* places[GROUP];
+        EACH(GROUP) places[i] = tile.k[key + (i < count ? i : count - 1)];
+        for (int64_t h = 0; h < heads; h++) {
+            int64_t offset = h * a.k_cache.head_stride, end = (h + 1) * rows.per_head;
+            for (int64_t r = h * rows.per_head; r < end; r += together(end - r)) {
+                int64_t side = together(end - r);
+                if (side == 4) score_rows<4>(a, rows, r, places, offset, key, count, ahead);
+                else if (side == 2) score_rows<2>(a, rows, r, places, offset, key, count, ahead);
+                else score_rows<1>(a, rows, r, places, offset, key, count, ahead);
             }
         }
-        for (; end - r >= 2; r += 2)
-            score<2, K>(rows.q + r * rows.stride, rows.stride, tile.k + key, offset, a.head_dim, rows.scores + r * TILE_KEYS + key);
-        if (r < end)
-            score<1, K>(rows.q + r * rows.stride, rows.stride, tile.k + key, offset, a.head_dim, rows.scores + r * TILE_KEYS + key);
     }
 }
 
-// 2^x of an x that is at most 0, or NaN: it is 0 below the least normal number.
-INLINE Float exp2_at_most_one(Float x) {
-    Float n = x + ROUNDER, p[1];
-    Float f[1] = {x - (n - ROUNDER)};
-    horner(EXP2, f, p);
+// 2^x of x that are at most 0, or NaN: it is 0 below the least normal number.
+template <int R> INLINE void exp2_at_most_one(const Float (&x)[R], Float (&out)[R]) {
+    Float n[R], f[R];
+    EACH(R) n[i] = x[i] + ROUNDER, f[i] = x[i] - (n[i] - ROUNDER);
+    horner(EXP2, f, out);
     // A product, since a NaN must stay one. What x below -126 makes of f and of the scale is never seen.
-    return (Float)((Int)(p[0] * (Float)(((Uint)n << 23) + 0x3f800000u)) & ~(x < -126.0f));
+    EACH(R) out[i] = (Float)((Int)(out[i] * (Float)(((Uint)n[i] << 23) + 0x3f800000u)) & ~(x[i] < -126.0f));
 }
 
-// Turns scores first to last - 1 of R rows, which see the same keys, into probabilities (unscaled), and brings the rows' earlier
-// sums and outputs to the new maxima. Several rows together, since each waits for its own maximum and sum.
-template <int R> INLINE void renew(const Rows& rows, int64_t row, int64_t tile_begin) {
+// Turns scores of B times R rows into probabilities (unscaled), and brings the rows' earlier sums and outputs to the new maxima.
+// Several rows at once, since each waits for its own maximum.
+template <int R, int B> INLINE void renew(const Rows& rows, int64_t row, int64_t tile_begin) {
+    constexpr int VECTORS = TILE_KEYS * R / WIDTH;
     float* s = rows.scores + row * TILE_KEYS;
-    int64_t first = rows.first[row], last = rows.last[row];
-    // The lanes around the rows' keys become 0.
-    int64_t begin = first / WIDTH * WIDTH, end = (last + WIDTH - 1) / WIDTH * WIDTH;
-    Float highest[R];
-    float largest[R], total[R];
-    EACH(R) {
-        float* own = s + i * TILE_KEYS;
+    for (int64_t i = 0; i < B * R; i++) {
+        float* own = s + i / R * R * TILE_KEYS + i % R;
+        int64_t first = rows.first[row + i], last = rows.last[row + i];
         if (float slope = rows.slope[row + i]; slope != 0.0f) {
             int64_t distance = rows.to[row + i] - 1 - tile_begin;
-            for (int64_t key = first; key < last; key++) own[key] -= slope * static_cast<float>(distance - key);
+            for (int64_t key = first; key < last; key++) own[key * R] -= slope * static_cast<float>(distance - key);
         }
-        for (int64_t key = begin; key < first; key++) own[key] = -INFINITY;
-        for (int64_t key = last; key < end; key++) own[key] = -INFINITY;
-        highest[i] = all(rows.largest[row + i]);
+        for (int64_t key = 0; key < first; key++) own[key * R] = -INFINITY;
+        for (int64_t key = last; key < TILE_KEYS; key++) own[key * R] = -INFINITY;
     }
-    for (int64_t key = begin; key < end; key += WIDTH) EACH(R) highest[i] = max(load(s + i * TILE_KEYS + key), highest[i]);
-    EACH(R) largest[i] = maximum(highest[i]), highest[i] = all(largest[i]);
-    Float sums[R] = {};
-    for (int64_t key = begin; key < end; key += WIDTH) {
-        EACH(R) {
-            Float p = exp2_at_most_one(load(s + i * TILE_KEYS + key) - highest[i]);
-            store(s + i * TILE_KEYS + key, p);
-            sums[i] += p;
+    Float highest[B];
+    UNROLL for (int b = 0; b < B; b++) {
+        float *largest = rows.largest + (row + b * R) * WIDTH, *sum = rows.sum + (row + b * R) * WIDTH;
+        Float before = load(largest);
+        highest[b] = before;
+        UNROLL for (int v = 0; v < VECTORS; v++) highest[b] = max(load(s + (b * VECTORS + v) * WIDTH), highest[b]);
+        if (every(highest[b] == before)) continue;
+        highest[b] = maximum_of_every<R>(highest[b]);
+        store(largest, highest[b]);
+        Float difference[1] = {before - highest[b]}, factor[1];
+        exp2_at_most_one(difference, factor);
+        store(sum, load(sum) * factor[0]);
+        UNROLL for (int r = 0; r < R; r++) {
+            float* o = rows.o + (row + b * R + r) * rows.stride;
+            for (int64_t d = 0; d < rows.stride; d += WIDTH) store(o + d, load(o + d) * factor[0][r]);
         }
     }
-    if constexpr (R == 4) sum_each(sums, total);
-    else EACH(R) total[i] = sum(sums[i]);
-    EACH(R) {
-        float before = rows.largest[row + i];
-        if (before == largest[i]) {
-            rows.sum[row + i] += total[i];
-            continue;
-        }
-        float factor = exp2_at_most_one(all(before - largest[i]))[0], *o = rows.o + (row + i) * rows.stride;
-        rows.sum[row + i] = rows.sum[row + i] * factor + total[i];
-        rows.largest[row + i] = largest[i];
-        for (int64_t d = 0; d < rows.stride; d += WIDTH) store(o + d, load(o + d) * factor);
+    constexpr int AT_ONCE = B * VECTORS < 4 ? B * VECTORS : 4;
+    UNROLL for (int v = 0; v < B * VECTORS; v += AT_ONCE) {
+        Float x[AT_ONCE], p[AT_ONCE];
+        EACH(AT_ONCE) x[i] = load(s + (v + i) * WIDTH) - highest[(v + i) / VECTORS];
+        exp2_at_most_one(x, p);
+        EACH(AT_ONCE) store(s + (v + i) * WIDTH, p[i]);
+    }
+    UNROLL for (int b = 0; b < B; b++) {
+        float* sum = rows.sum + (row + b * R) * WIDTH;
+        Float sums = load(sum);
+        UNROLL for (int v = 0; v < VECTORS; v++) sums += load(s + (b * VECTORS + v) * WIDTH);
+        store(sum, sums);
     }
 }
 
-// Rows from `row` to `end`, of at most four, that see the same keys of the tile.
-INLINE int64_t alike(const Rows& rows, int64_t row, int64_t end) {
-    int64_t count = 1;
-    auto same = [&](int64_t other) { return rows.first[other] == rows.first[row] && rows.last[other] == rows.last[row]; };
-    while (count < 4 && row + count < end && same(row + count)) count++;
-    return count;
+static void renew_all(const Rows& rows, int64_t tile_begin) {
+    if (rows.per_head == 1) {
+        int64_t row = 0;
+        for (; row + 4 <= rows.count; row += 4) renew<1, 4>(rows, row, tile_begin);
+        for (; row < rows.count; row++) renew<1, 1>(rows, row, tile_begin);
+        return;
+    }
+    for (int64_t row = 0; row < rows.count;) {
+        int64_t side = together(rows.per_head - row % rows.per_head);
+        if (side == 4) renew<4, 1>(rows, row, tile_begin);
+        else if (side == 2) renew<2, 1>(rows, row, tile_begin);
+        else renew<1, 1>(rows, row, tile_begin);
+        row += side;
+    }
 }
 
 // Adds to R rows' outputs, from feature d on N pairs of vectors (the last of `count` elements), probabilities times the values of
-// keys first to last - 1.
+// keys first to last - 1. p: the first row's probabilities, one every `side`.
 template <int R, int N, bool IS_WHOLE, class T>
-INLINE void gather(const Rows& rows, int64_t row, const T* const* v, int64_t offset, int64_t d, int64_t count, int64_t first,
-                   int64_t last) {
-    float *o = rows.o + row * rows.stride + d, *p = rows.scores + row * TILE_KEYS;
+INLINE void gather(float* o, int64_t stride, const float* p, int64_t side, const T* const* v, int64_t offset, int64_t count,
+                   int64_t first, int64_t last, const char* soon) {
     Float sums[R][N][2];
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int n = 0; n < N; n++) EACH(2) sums[r][n][i] = load(o + r * rows.stride + (2 * n + i) * WIDTH);
+        UNROLL for (int n = 0; n < N; n++) EACH(2) sums[r][n][i] = load(o + r * stride + (2 * n + i) * WIDTH);
     for (int64_t key = first; key < last; key++) {
-        const T* at = v[key] + offset + d;
+        const T* at = v[key] + offset;
+        if (IS_WHOLE) fetch_each<N * 2 * WIDTH * sizeof(T)>(soon);
         Float weight[R];
-        EACH(R) weight[i] = all(p[i * TILE_KEYS + key]);
+        EACH(R) weight[i] = all(p[key * side + i]);
         UNROLL for (int n = 0; n < N; n++) {
             Float x[2];
             if (IS_WHOLE) load_pair(at + 2 * n * WIDTH, x);
@@ -296,51 +355,73 @@ INLINE void gather(const Rows& rows, int64_t row, const T* const* v, int64_t off
         }
     }
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int n = 0; n < N; n++) EACH(2) store(o + r * rows.stride + (2 * n + i) * WIDTH, sums[r][n][i]);
+        UNROLL for (int n = 0; n < N; n++) EACH(2) store(o + r * stride + (2 * n + i) * WIDTH, sums[r][n][i]);
 }
 
+// The same on all features. R rows that see the same keys.
 template <int R, class T>
-INLINE void gather_all(const Rows& rows, int64_t row, const T* const* v, int64_t offset, int64_t head_dim, int64_t first,
-                       int64_t last) {
+INLINE void gather_rows(const Rows& rows, int64_t row, const float* p, int64_t side, const T* const* v, int64_t offset,
+                        int64_t head_dim, Ahead<T>& ahead) {
     constexpr int N = R == 1 ? 4 : R == 2 ? 2 : 1, STEP = 2 * WIDTH;
-    int64_t d = 0;
-    for (; d + N * STEP <= head_dim; d += N * STEP) gather<R, N, true>(rows, row, v, offset, d, STEP, first, last);
-    for (; d + STEP <= head_dim; d += STEP) gather<R, 1, true>(rows, row, v, offset, d, STEP, first, last);
-    if (d < head_dim) gather<R, 1, false>(rows, row, v, offset, d, head_dim - d, first, last);
+    float* o = rows.o + row * rows.stride;
+    int64_t d = 0, first = rows.first[row], last = rows.last[row];
+    for (; d + N * STEP <= head_dim; d += N * STEP) {
+        const char* soon = ahead.take((last - first) * N * STEP * static_cast<int64_t>(sizeof(T)), p);
+        gather<R, N, true>(o + d, rows.stride, p, side, v, offset + d, STEP, first, last, soon);
+    }
+    for (; d + STEP <= head_dim; d += STEP) {
+        const char* soon = ahead.take((last - first) * STEP * static_cast<int64_t>(sizeof(T)), p);
+        gather<R, 1, true>(o + d, rows.stride, p, side, v, offset + d, STEP, first, last, soon);
+    }
+    if (d < head_dim) gather<R, 1, false>(o + d, rows.stride, p, side, v, offset + d, head_dim - d, first, last, nullptr);
+}
+
+template <class T> INLINE void gather_all(const PagedAttention& a, const Rows& rows, const Tile<T>& tile, Ahead<T>& ahead) {
+    int64_t heads = rows.count / rows.per_head;
+    for (int64_t h = 0; h < heads; h++) {
+        int64_t offset = h * a.v_cache.head_stride, end = (h + 1) * rows.per_head;
+        for (int64_t r = h * rows.per_head; r < end;) {
+            const float* p = rows.scores + r * TILE_KEYS;
+            int64_t side = together(end - r);
+            // Only rows that see the same keys go together: a key that one of them must not see could be NaN, and 0 * NaN is NaN.
+            bool alike = true;
+            for (int64_t i = 1; i < side; i++)
+                alike &= rows.first[r + i] == rows.first[r] && rows.last[r + i] == rows.last[r];
+            if (!alike)
+                for (int64_t i = 0; i < side; i++) gather_rows<1>(rows, r + i, p + i, side, tile.v, offset, a.head_dim, ahead);
+            else if (side == 4) gather_rows<4>(rows, r, p, 4, tile.v, offset, a.head_dim, ahead);
+            else if (side == 2) gather_rows<2>(rows, r, p, 2, tile.v, offset, a.head_dim, ahead);
+            else gather_rows<1>(rows, r, p, 1, tile.v, offset, a.head_dim, ahead);
+            r += side;
+        }
+    }
 }
 
 // `next` is fetched meanwhile, a little beside each piece of work: all of it at once would only be waited for.
 template <class T> void attend(const PagedAttention& a, const Rows& rows, const Tile<T>& tile, const Tile<T>& next) {
-    int64_t keys = tile.end - tile.begin, heads = rows.count / rows.per_head;
+    int64_t heads = rows.count / rows.per_head;
     for (int64_t r = 0; r < rows.count; r++) {
         rows.first[r] = larger(rows.from[r], tile.begin) - tile.begin;
         rows.last[r] = larger(rows.first[r], smaller(rows.to[r], tile.end) - tile.begin);
     }
     // Scores of keys that a row does not see are computed too and then left out.
-    int64_t key = 0;
     Ahead<T> k(next.k, next.end - next.begin, heads, a.k_cache.head_stride, a.head_dim);
-    for (; key + 4 <= keys; key += 4) score_all<4>(a, rows, tile, k, key);
-    for (; key < keys; key++) score_all<1>(a, rows, tile, k, key);
-    for (int64_t r = 0; r < rows.count;) {
-        bool together = alike(rows, r, rows.count) == 4;
-        if (rows.first[r] < rows.last[r]) together ? renew<4>(rows, r, tile.begin) : renew<1>(rows, r, tile.begin);
-        r += together ? 4 : 1;
-    }
+    score_all(a, rows, tile, k);
+    renew_all(rows, tile.begin);
     Ahead<T> v(next.v, next.end - next.begin, heads, a.v_cache.head_stride, a.head_dim);
-    int64_t lines = GATHERED * a.head_dim * static_cast<int64_t>(sizeof(T)) / 64 + 1;
-    for (int64_t begin = 0; begin < keys; begin += GATHERED) {
-        for (int64_t r = 0; r < rows.count; r++) {
-            int64_t offset = r / rows.per_head * a.v_cache.head_stride;
-            int64_t first = larger(rows.first[r], begin), last = smaller(rows.last[r], begin + GATHERED);
-            if (r % rows.per_head == 0) v.fetch(lines);
-            if (first >= last) continue;
-            // Only rows that see the same keys go together: a key that one of them must not see could be NaN, and 0 * NaN is NaN.
-            int64_t together = alike(rows, r, (r / rows.per_head + 1) * rows.per_head);
-            if (together == 4) gather_all<4>(rows, r, tile.v, offset, a.head_dim, first, last), r += 3;
-            else if (together >= 2) gather_all<2>(rows, r++, tile.v, offset, a.head_dim, first, last);
-            else gather_all<1>(rows, r, tile.v, offset, a.head_dim, first, last);
-        }
-    }
+    gather_all(a, rows, tile, v);
+}
+
+// Row r's maximum and sum.
+struct Totals { float largest, sum; };
+
+static Totals totals(const Rows& rows, int64_t r) {
+    int64_t within = r % rows.per_head, begin = 0;
+    while (begin + together(rows.per_head - begin) <= within) begin += together(rows.per_head - begin);
+    int64_t side = together(rows.per_head - begin), at = (r - within + begin) * WIDTH + within - begin;
+    float sum = 0.0f;
+    for (int64_t i = 0; i < WIDTH; i += side) sum += rows.sum[at + i];
+    return {rows.largest[at], sum};
 }
 
 template <class T> void attend_range(const PagedAttention& a, int64_t sequence, const Rows& rows, int64_t begin, int64_t end) {
@@ -455,13 +536,14 @@ template <class T> static void run(const PagedAttention& a) {
         }
         attend_range<T>(a, b, rows, begin, end);
         for (int64_t r = 0; r < rows.count; r++) {
+            Totals total = totals(rows, r);
             if (!s.is_split) {
-                store_row(output_row<T>(a, s, first_head, first_token, r), rows.o + r * stride, a.head_dim, 1.0f / rows.sum[r]);
+                store_row(output_row<T>(a, s, first_head, first_token, r), rows.o + r * stride, a.head_dim, 1.0f / total.sum);
                 continue;
             }
             float* p = partials.data + s.first_partial + (split * rows.count + r) * (stride + 2);
-            p[0] = rows.largest[r];
-            p[1] = rows.sum[r];
+            p[0] = total.largest;
+            p[1] = total.sum;
             for (int64_t d = 0; d < stride; d += WIDTH) store(p + 2 + d, load(rows.o + r * stride + d));
         }
     });

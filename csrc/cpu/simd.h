@@ -72,6 +72,14 @@ INLINE Float all(float x) { return x - Float{}; }
 INLINE Float load(const float* p) { return *reinterpret_cast<const FloatAnywhere*>(p); }
 INLINE void store(float* p, Float x) { *reinterpret_cast<FloatAnywhere*>(p) = x; }
 
+// x, in a register: gcc would load an operand of several instructions once in each.
+INLINE Float held(Float x) {
+#if defined(PSANN_AVX2)
+    asm("" : "+x"(x));
+#endif
+    return x;
+}
+
 // a * b + c, rounded once where HAS_FMA, else twice.
 INLINE Float fma(Float a, Float b, Float c) {
 #if defined(__aarch64__)
@@ -156,17 +164,32 @@ INLINE void sum_each(const Float (&x)[4], float* out) {
 #endif
 }
 
-INLINE float maximum(Float x) {
+// The sums of eight vectors, each added up as `sum` does.
+INLINE void sum_each(const Float (&x)[8], float* out) {
 #if defined(PSANN_AVX2)
-    __m128 half = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
-    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
-#elif defined(PSANN_AVX512)
-    return _mm512_reduce_max_ps((__m512)x);
+    // Every step halves the vectors: of two, what stays in its lane is blended and what must come to it is shuffled.
+    auto halves = [](Float a, Float b) INLINE_LAMBDA {
+        return _mm256_add_ps(_mm256_blend_ps((__m256)a, (__m256)b, 0xf0), _mm256_permute2f128_ps((__m256)a, (__m256)b, 0x21));
+    };
+    auto quarters = [](__m256 a, __m256 b) INLINE_LAMBDA {
+        return _mm256_add_ps(_mm256_blend_ps(a, b, 0xcc), _mm256_shuffle_ps(a, b, 0x4e));
+    };
+    __m256 a = quarters(halves(x[0], x[4]), halves(x[2], x[6])), b = quarters(halves(x[1], x[5]), halves(x[3], x[7]));
+    __m256 partners = _mm256_permute_ps(_mm256_blend_ps(a, b, 0x55), 0xb1);
+    _mm256_storeu_ps(out, _mm256_add_ps(_mm256_blend_ps(a, b, 0xaa), partners));
+#else
+    for (int i = 0; i < 8; i++) out[i] = sum(x[i]);
 #endif
-    for (int step = WIDTH / 2; step > 0; step /= 2)
-        for (int i = 0; i < step; i++) x[i] = x[i] > x[i + step] ? x[i] : x[i + step];
-    return x[0];
+}
+
+// In every lane the maximum of those lanes that are a multiple of R away.
+template <int R> INLINE Float maximum_of_every(Float x) {
+    for (int step = WIDTH / 2; step >= R; step /= 2) {
+        Float partner;
+        for (int i = 0; i < WIDTH; i++) partner[i] = x[i ^ step];
+        x = max(x, partner);
+    }
+    return x;
 }
 
 INLINE Short shorts(Uint x) {
