@@ -98,7 +98,8 @@ template <class T> void fill_rows(const PagedAttention& a, const Sequence& s, in
         rotate(a.rotary, position, a.head_dim, q, turned, a.softmax_scale * LOG2_E);
         for (int64_t d = 0; d < rows.stride; d++) to[place(d, q)] = d < a.head_dim ? turned[d] : 0.0f;
         for (int64_t d = 0; d < rows.stride; d++) turned[d] = 0.0f;
-        // Not -infinity, so that a key that the row does not see has the probability 2^(-infinity - largest) = 0.
+        // Not -infinity, so that a key that the row does not see has the probability 2^(-infinity - largest) = 0. A row of nothing
+        // but scores of -infinity ends as the definition's softmax does: 0 / 0 = NaN.
         store(rows.largest + r * WIDTH, all(-FLT_MAX));
         store(rows.sum + r * WIDTH, all(0.0f));
         rows.from[r] = oldest_seen(a, position);
@@ -467,7 +468,6 @@ static void merge(const PagedAttention& a, const Sequence& s, int64_t kv_head, i
         for (int64_t d = 0; d < stride; d++) row.data[d] = 0.0f;
         for (int64_t i = 0; i < s.splits; i++) {
             const float* p = first + i * step;
-            if (p[1] == 0.0f) continue;  // saw no key
             float factor = p[0] == largest ? 1.0f : exp2f(p[0] - largest);
             total += p[1] * factor;
             for (int64_t d = 0; d < stride; d += WIDTH) store(row.data + d, fma(all(factor), load(p + 2 + d), load(row.data + d)));

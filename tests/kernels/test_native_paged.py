@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from psann_kernels import BackendError, paged_attention
+from psann_kernels import BackendError, native, paged_attention
 from test_native import needs_native, paged_arguments
 
 pytestmark = needs_native
@@ -39,6 +39,33 @@ def test_a_later_tokens_nan_reaches_no_earlier_row(tokens):
     k_cache[last] = v_cache[last] = float("nan")
     got = attend((q, k_cache, v_cache, table, seq_lens, bounds))
     assert torch.equal(got[:-1], expected[:-1]) and got[-1].isnan().all()
+
+
+INFINITY = float("inf")
+
+
+@pytest.fixture(params=native.instruction_sets(native.NATIVE) if native.NATIVE is not None else [])
+def isa(request):
+    before = native.NATIVE.isa()
+    assert native.NATIVE.use_isa(request.param)
+    yield
+    native.NATIVE.use_isa(before)
+
+
+# 300 keys are three splits of eight tiles or fewer; 18 new tokens are taken without splits.
+@pytest.mark.parametrize("keys", [slice(0, 16), slice(0, 128), slice(130, 131), slice(282, 300), slice(0, 300)], ids=str)
+@pytest.mark.parametrize("length, new", [(300, 1), (300, 18)])
+@pytest.mark.parametrize("key", [-INFINITY, INFINITY, float("nan")])
+@pytest.mark.parametrize("value", [0.5, INFINITY, float("nan")])
+def test_infinite_scores_count_as_in_the_reference(isa, value, key, length, new, keys):
+    """A key of score -infinity has the weight 0, which makes NaN of a value that is not finite; a row of such keys alone is NaN."""
+    q, k_cache, v_cache, table, seq_lens, bounds = paged_arguments([length], [new])
+    q[..., 0] = 1.0
+    t = torch.arange(length)[keys]
+    slots = table[0, t // 8].long(), t % 8
+    k_cache[(*slots, 0, 0)], v_cache[(*slots, 0, 0)] = key, value
+    arguments = q, k_cache, v_cache, table, seq_lens, bounds
+    torch.testing.assert_close(attend(arguments), paged_attention(*arguments, backend="torch"), equal_nan=True)
 
 
 def test_a_cache_that_is_half_of_a_larger_tensor():
