@@ -185,8 +185,11 @@ template <size_t BYTES> INLINE void fetch_each(const char*& soon) {
     soon += BYTES;
 }
 
-// Keys whose scores with R rows are added up at once. One row alone waits for memory: fewer keys, nearer to its order.
-constexpr int keys_at_once(int rows) { return rows == 1 ? 4 : 8 / rows; }
+// Keys that all heads take before the next ones, so that memory is read nearly in order.
+constexpr int GROUP = 4;
+
+// Of them those whose scores with R rows are added up at once.
+constexpr int keys_at_once(int rows) { return HAS_MANY_REGISTERS || rows < 4 ? GROUP : 2; }
 
 // Scores of R rows with so many keys, key after key.
 template <int R, class T>
@@ -230,8 +233,6 @@ INLINE void score(const float* q, int64_t stride, const T* const* keys, int64_t 
     if (d < head_dim) add(d, head_dim - d);
     sum_each(sums, out);
 }
-
-constexpr int GROUP = 4;  // keys that all heads take before the next ones, so that memory is read nearly in order
 
 // Scores of R rows with `count` keys, of at most GROUP, of the tile's from `key` on; behind them stands what will be left out.
 template <int R, class T>
@@ -363,7 +364,7 @@ INLINE void gather(float* o, int64_t stride, const float* p, int64_t side, const
 template <int R, class T>
 INLINE void gather_rows(const Rows& rows, int64_t row, const float* p, int64_t side, const T* const* v, int64_t offset,
                         int64_t head_dim, Ahead<T>& ahead) {
-    constexpr int N = R == 1 ? 4 : R == 2 ? 2 : 1, STEP = 2 * WIDTH;
+    constexpr int N = R == 1 ? 4 : R == 2 || HAS_MANY_REGISTERS ? 2 : 1, STEP = 2 * WIDTH;
     float* o = rows.o + row * rows.stride;
     int64_t d = 0, first = rows.first[row], last = rows.last[row];
     for (; d + N * STEP <= head_dim; d += N * STEP) {

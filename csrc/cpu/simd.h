@@ -42,6 +42,13 @@ namespace PSANN_NAMESPACE {
 
 constexpr int WIDTH = PSANN_LANES;
 
+// 32 vectors rather than 16.
+#if defined(PSANN_AVX512)
+constexpr bool HAS_MANY_REGISTERS = true;
+#else
+constexpr bool HAS_MANY_REGISTERS = false;
+#endif
+
 #if defined(__FMA__) || defined(__aarch64__)
 constexpr bool HAS_FMA = true;
 #else
@@ -149,9 +156,37 @@ INLINE float sum(Float x) {
     return x[0];
 }
 
-// The sums of four vectors, each added up as `sum` does.
+// The sums of several vectors, each added up as `sum` does. Every step makes one vector of two, which hold half as much of each.
+#if defined(PSANN_AVX512)
+// gcc's own sum takes eight instructions for each vector, these three for each that they make of two.
+INLINE __m512 halves(Float a, Float b) {
+    return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, (__m512)a, (__m512)b), _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x4e));
+}
+INLINE __m512 quarters(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+INLINE __m512 eighths(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_shuffle_ps(a, b, 0x4e));
+}
 INLINE void sum_each(const Float (&x)[4], float* out) {
-#if defined(PSANN_AVX2)
+    __m512 a = quarters(halves(x[0], x[1]), halves(x[2], x[3]));
+    a = _mm512_add_ps(a, _mm512_permute_ps(a, 0x4e));
+    a = _mm512_add_ps(a, _mm512_movehdup_ps(a));
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(_mm512_setr4_epi32(0, 4, 8, 12), a)));
+}
+INLINE void sum_each(const Float (&x)[8], float* out) {
+    __m512 a = eighths(quarters(halves(x[0], x[2]), halves(x[4], x[6])), quarters(halves(x[1], x[3]), halves(x[5], x[7])));
+    a = _mm512_add_ps(a, _mm512_movehdup_ps(a));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi64_epi32(_mm512_castps_si512(a)));
+}
+INLINE void sum_each(const Float (&x)[16], float* out) {
+    __m512 a[4];
+    EACH(4) a[i] = quarters(halves(x[i], x[i + 4]), halves(x[i + 8], x[i + 12]));
+    __m512 b = eighths(a[0], a[1]), c = eighths(a[2], a[3]);
+    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_shuffle_ps(b, c, 0x88), _mm512_shuffle_ps(b, c, 0xdd)));
+}
+#elif defined(PSANN_AVX2)
+INLINE void sum_each(const Float (&x)[4], float* out) {
     __m256 a = _mm256_add_ps(_mm256_permute2f128_ps((__m256)x[0], (__m256)x[1], 0x20),
         _mm256_permute2f128_ps((__m256)x[0], (__m256)x[1], 0x31));
     __m256 b = _mm256_add_ps(_mm256_permute2f128_ps((__m256)x[2], (__m256)x[3], 0x20),
@@ -159,15 +194,9 @@ INLINE void sum_each(const Float (&x)[4], float* out) {
     __m256 c = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
     c = _mm256_add_ps(c, _mm256_movehdup_ps(c));  // lanes 0 and 2: x[0], x[2]; 4 and 6: x[1], x[3]
     _mm_storeu_ps(out, _mm_blend_ps(_mm256_castps256_ps128(c), _mm_moveldup_ps(_mm256_extractf128_ps(c, 1)), 0xa));
-#else
-    for (int i = 0; i < 4; i++) out[i] = sum(x[i]);
-#endif
 }
-
-// The sums of eight vectors, each added up as `sum` does.
 INLINE void sum_each(const Float (&x)[8], float* out) {
-#if defined(PSANN_AVX2)
-    // Every step halves the vectors: of two, what stays in its lane is blended and what must come to it is shuffled.
+    // Of two vectors, what stays in its lane is blended and what must come to it is shuffled.
     auto halves = [](Float a, Float b) INLINE_LAMBDA {
         return _mm256_add_ps(_mm256_blend_ps((__m256)a, (__m256)b, 0xf0), _mm256_permute2f128_ps((__m256)a, (__m256)b, 0x21));
     };
@@ -177,9 +206,10 @@ INLINE void sum_each(const Float (&x)[8], float* out) {
     __m256 a = quarters(halves(x[0], x[4]), halves(x[2], x[6])), b = quarters(halves(x[1], x[5]), halves(x[3], x[7]));
     __m256 partners = _mm256_permute_ps(_mm256_blend_ps(a, b, 0x55), 0xb1);
     _mm256_storeu_ps(out, _mm256_add_ps(_mm256_blend_ps(a, b, 0xaa), partners));
-#else
-    for (int i = 0; i < 8; i++) out[i] = sum(x[i]);
+}
 #endif
+template <int N> INLINE void sum_each(const Float (&x)[N], float* out) {
+    for (int i = 0; i < N; i++) out[i] = sum(x[i]);
 }
 
 // In every lane the maximum of those lanes that are a multiple of R away.
