@@ -93,7 +93,9 @@ def run(name: str, text: str, seed: int, steps: int) -> dict[str, Any]:
     # Judged once at the end, below, and not by fit's own validation.
     data.val_dataset = None
     began = time.perf_counter()
-    model.fit(data, **{"epochs": epochs, "max_steps": steps, "batch_tokens": WINDOW * ROWS, "seed": seed, **fit_options})
+    # float32 on every machine, so that rows of a CPU that has bf16 and of one that has not can share a table.
+    always = {"epochs": epochs, "max_steps": steps, "batch_tokens": WINDOW * ROWS, "seed": seed, "amp": "fp32"}
+    model.fit(data, **always, **fit_options)
     return {
         "nats_per_character": judge(model.module, torch.tensor(data.tokenizer.encode(data.val_texts[0]))),
         "seconds": time.perf_counter() - began,

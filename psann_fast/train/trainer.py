@@ -21,6 +21,7 @@ from .distributed import Group, check_launch, processes
 from .feed import Plan, on_device
 from .graphs import StepGraphs
 from .guard import Guard, TrainingDiverged, weights_are_finite
+from .heap import kept_heap
 from .interrupts import Interrupted, Interrupts
 from .loss import LossModule, activation_checkpointing
 from .optim import build_optimizers, learning_rate, warmup_length
@@ -154,6 +155,7 @@ class _Training:
                 self.interrupts,
                 torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
                 activation_checkpointing(self.module, self.config.activation_checkpointing),
+                kept_heap() if self.device.type == "cpu" else contextlib.nullcontext(),
             ):
                 # Processes must drop out different features; process 0 draws what a run of one process does.
                 torch.manual_seed(self.config.seed + self.group.rank)

@@ -298,6 +298,19 @@ def test_tables_and_slopes_may_have_gaps(backend):
         assert all(torch.equal(g, e) for g, e in zip(got, expected))
 
 
+@pytest.mark.parametrize("arguments", [{}, dict(alibi=True), dict(window=100)], ids=str)
+@pytest.mark.parametrize("tokens", [40, 300])  # torch's attention of a CPU computes few keys wide
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing(backend, dtype, tokens, arguments):
+    case = Case(tokens, 16, heads=(2, 1), dtype=dtype, **arguments)
+    serving(backend, dtype)
+    o = case.call(backend)(case.q, case.k, case.v)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = case.call(backend)(case.q, case.k, case.v)
+    assert o.dtype == under.dtype == dtype and torch.equal(o, under)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_layout_does_not_matter(backend):
     serving(backend)

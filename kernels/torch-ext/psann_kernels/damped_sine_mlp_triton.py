@@ -22,7 +22,7 @@ from torch import Tensor
 from .damped_sine_mlp import offer_fused
 from .damped_sine_triton import damped_sine_triton_backward, gradients_of_sine, sine_of
 from .descriptor_triton import described, has_tma, is_describable
-from .library import cast_dtype, define
+from .library import cast_dtype, define, without_autocast
 from .rope_attention_tiles_triton import load_operand
 from .triton_support import (
     INTERPRET,
@@ -318,7 +318,7 @@ def _mlp(
     keeps_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     h, z = _hidden(x, w1, b1, a, f, d, mode, keeps_z)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         y = torch.nn.functional.linear(h, w2, b2)
     return y, h if keeps_z else h.new_empty(0), z
 

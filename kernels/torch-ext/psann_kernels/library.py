@@ -7,7 +7,8 @@ where `custom_op` costs 9.
 
 from __future__ import annotations
 
-from typing import Any, Callable
+import contextlib
+from typing import Any, Callable, ContextManager
 
 import torch
 from torch import Tensor
@@ -57,3 +58,10 @@ def cast_dtype(t: Tensor) -> torch.dtype:
     device = t.device.type
     is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and t.dtype != torch.float64
     return torch.get_autocast_dtype(device) if is_cast else t.dtype
+
+
+def without_autocast(device: torch.device) -> ContextManager[None]:
+    """Where ops take tensors in the dtype that they have."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)

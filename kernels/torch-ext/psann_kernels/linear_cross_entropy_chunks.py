@@ -15,7 +15,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from .library import define
+from .library import define, without_autocast
 from .linear_cross_entropy import OP
 
 # Bytes of one chunk's logits: on a CPU what its caches hold (and less than what the allocator gives back to the system at every
@@ -52,7 +52,7 @@ def run(
         _check_targets(targets, weight.shape[0], ignore_index)
     tokens = min(x.shape[0], chunk or chunk_of(x, weight.shape[0]))
     wants_gradient = needs_x or needs_weight or needs_bias
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         weight = weight.to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
         buffer = torch.empty((tokens, weight.shape[0]), dtype=x.dtype, device=x.device)
