@@ -7,7 +7,7 @@ Sections:
   peers    the same cases beside other libraries' kernels; those that are missing are named
   compile  torch.compile(fullgraph=True) beside eager, and what compiling costs
   device   is everything right on this device: doctor, self-test, parity of every op, compute-sanitizer; times nothing
-  gluon    rope_attention's Gluon forward beside the Triton one, once its self-test has passed (Hopper)
+  gluon    rope_attention's Gluon kernels beside the Triton ones, once their self-test has passed (Hopper)
   lease    all that a short GPU lease is for, in order: device, ops, peers, lm, decoding, compile, gluon, table and plots
 
 --rehearse runs the same code at tiny sizes on the CPU, Triton's kernels in its interpreter: its figures mean nothing, its errors

@@ -1,15 +1,15 @@
-"""Section gluon: rope_attention by Gluon beside plain Triton. Last in a lease, since a wrong barrier would hang and not fail."""
+"""Section gluon: rope_attention by Gluon beside plain Triton, forward and gradients. Last in a lease, since a wrong barrier would
+hang and not fail."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Iterator
 
 import psann_kernels
 
 from . import suite
-from .case import FORWARD, Case
+from .case import Case
 from .ops import Bench, measure
 
 
@@ -25,7 +25,6 @@ def self_test_rows(bench: Bench) -> list[suite.Row]:
 
 
 def rows(bench: Bench, case: Case) -> list[suite.Row]:
-    """Forward alone: the gradients are the Triton kernel's."""
+    """Forward and gradients."""
     psann_kernels.self_test(bench.device, gluon=True)  # remembered, but each process needs to be told
-    case = dataclasses.replace(case, bytes={FORWARD: case.bytes[FORWARD]})
     return measure(bench, case, {name: case.call(name) for name in ("gluon", "triton")})

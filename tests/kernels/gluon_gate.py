@@ -2,7 +2,7 @@
 
     PYTHONPATH=kernels/torch-ext python tests/kernels/gluon_gate.py
 
-prints a line of JSON for each configuration of rope_attention_gluon, with the Triton that is found on the path.
+prints a line of JSON for each configuration of both directions, with the Triton that is found on the path.
 """
 
 from __future__ import annotations
@@ -19,15 +19,22 @@ REGISTERS = 65536  # of a multiprocessor
 
 
 def unsynchronized_arrivals(ptx: str) -> int:
-    """Arrivals by one thread after products were waited for, without a barrier of the partition in between: each warp waits for its
-    own part of a product alone, so one of them cannot say that all are done."""
+    """Arrivals by one thread after products were waited for, shared memory read or written or a sum added to, without a barrier of
+    the partition in between: each warp waits for its own part of a product alone, so one of them cannot say that all are done."""
     found, is_apart = 0, False
-    for word in re.findall(r"wgmma\.wait_group|bar\.sync|mbarrier\.arrive\.shared", ptx):
+    work = r"wgmma\.wait_group|stmatrix|[sl][td]\.shared|(?:atom|red)\.global\.gpu\.relaxed"
+    for word in re.findall(rf"{work}|bar\.(?:warp\.)?sync|mbarrier\.arrive\.shared", ptx):
         if word == "mbarrier.arrive.shared":
             found += is_apart
         else:
-            is_apart = word == "wgmma.wait_group"
+            is_apart = not word.startswith("bar.")
     return found
+
+
+def fenced_stores(ptx: str) -> int:
+    """Times that a tile is stored to shared memory and fenced for the tensor cores before its barrier is arrived at."""
+    store, arrive = r"stmatrix(?:(?!mbarrier\.arrive|bar\.).)*", r"(?:(?!stmatrix).)*?mbarrier\.arrive\.shared"
+    return len(re.findall(rf"{store}fence\.proxy\.async{arrive}", ptx, re.S))
 
 
 def faults(result: dict[str, Any]) -> Iterator[str]:
@@ -45,7 +52,13 @@ def faults(result: dict[str, Any]) -> Iterator[str]:
     if result["asynchronous waits"] < 2 and "one query" not in result["name"]:  # which needs no loop
         yield f"{what}: no loop waits for the older of two products, so nothing runs beside the exponentials"
     if result["unsynchronized arrivals"]:
-        yield f"{what}: {result['unsynchronized arrivals']} arrivals at barriers before all warps have waited for their products"
+        yield f"{what}: {result['unsynchronized arrivals']} arrivals at barriers before all warps are done with what they announce"
+    if "backward" in result["name"]:
+        # Each consumer stores dS once, and adds dQ by instructions that do not wait for what was there.
+        if result["fenced stores"] != 2:
+            yield f"{what}: {result['fenced stores']} fenced stores of dS; each of two consumers has one"
+        if not result["REDG.E.ADD.F32x2"]:
+            yield f"{what}: has no REDG.E.ADD.F32x2, so dQ is not added two elements at a time"
 
 
 def compile_one(configuration: Any) -> dict[str, Any]:
@@ -68,16 +81,17 @@ def compile_one(configuration: Any) -> dict[str, Any]:
         "stack": code.stack,
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
-        **{instruction: code.count(instruction) for instruction in ("HGMMA", "UTMALDG", "USETMAXREG")},
+        **{instruction: code.count(instruction) for instruction in ("HGMMA", "UTMALDG", "USETMAXREG", "REDG.E.ADD.F32x2")},
         "asynchronous waits": sum(i.name == "WARPGROUP.DEPBAR.LE" and i.operands.endswith("0x1") for i in code.instructions),
         "unsynchronized arrivals": unsynchronized_arrivals(compiled.asm["ptx"]),
+        "fenced stores": fenced_stores(compiled.asm["ptx"]),
     }
 
 
 def main() -> None:
-    from psann_kernels import rope_attention_gluon
+    from psann_kernels import rope_attention_backward_gluon, rope_attention_gluon
 
-    for configuration in rope_attention_gluon.configurations():
+    for configuration in [*rope_attention_gluon.configurations(), *rope_attention_backward_gluon.configurations()]:
         print("RESULT " + json.dumps(compile_one(configuration)), flush=True)
 
 

@@ -23,7 +23,7 @@ def results(triton_path, cache):
 
 
 def assert_no_faults(found):
-    assert len(found) == 3
+    assert len(found) == 7
     assert [fault for result in found for fault in gluon_gate.faults(result)] == []
 
 
@@ -38,8 +38,8 @@ def test_every_gluon_configuration_passes_with_the_pinned_triton(pinned_triton, 
 
 
 GOOD = {
-    "name": "x", "triton": "0", "registers": 168, "stack": 0, "shared": 232448, "warps": 12, "HGMMA": 1, "UTMALDG": 1,
-    "USETMAXREG": 1, "asynchronous waits": 4, "unsynchronized arrivals": 0,
+    "name": "x backward", "triton": "0", "registers": 168, "stack": 0, "shared": 232448, "warps": 12, "HGMMA": 1, "UTMALDG": 1,
+    "USETMAXREG": 1, "REDG.E.ADD.F32x2": 32, "asynchronous waits": 4, "unsynchronized arrivals": 0, "fenced stores": 2,
 }  # fmt: skip
 
 
@@ -54,6 +54,8 @@ GOOD = {
         ({"USETMAXREG": 0}, "has no USETMAXREG"),
         ({"asynchronous waits": 0}, "nothing runs beside the exponentials"),
         ({"unsynchronized arrivals": 1}, "1 arrivals at barriers"),
+        ({"fenced stores": 1}, "1 fenced stores of dS"),
+        ({"REDG.E.ADD.F32x2": 0}, "has no REDG.E.ADD.F32x2"),
     ],
     ids=str,
 )
@@ -68,3 +70,13 @@ def test_an_arrival_before_all_warps_are_there_is_seen():
     arrive = "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1];\n"
     assert gluon_gate.unsynchronized_arrivals(wait + sync + arrive) == 0
     assert gluon_gate.unsynchronized_arrivals(sync + wait + arrive) == 1
+    for work in ("ld.shared.b32 %r1, [%r2];\n", "st.shared.b32 [%r2], %r1;\n", "red.global.gpu.relaxed.add.v2.f32 [%rd1], {};\n"):
+        assert gluon_gate.unsynchronized_arrivals(work + sync + arrive) == 0
+        assert gluon_gate.unsynchronized_arrivals(sync + work + arrive) == 1
+
+
+def test_a_store_without_a_fence_is_seen():
+    store, fence = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r1], {};\n", "fence.proxy.async.shared::cta;\n"
+    arrive = "bar.sync 0, 128;\n@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1];\n"
+    assert gluon_gate.fenced_stores((store * 4 + fence + arrive) * 2) == 2
+    assert gluon_gate.fenced_stores(store * 4 + fence + arrive + store * 4 + arrive + fence) == 1

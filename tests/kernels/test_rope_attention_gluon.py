@@ -1,4 +1,5 @@
-"""rope_attention's Gluon kernel without a GPU: run by gluon_emulator.py, refused where it is not proven."""
+"""rope_attention's Gluon forward without a GPU: run by gluon_emulator.py, refused where it is not proven. The gradients have
+test_rope_attention_backward_gluon.py."""
 
 import sys
 from pathlib import Path
@@ -8,13 +9,15 @@ import pytest
 import torch
 from gluon_emulator import Deadlock, Hazard, Kernel
 from psann_kernels import OPS, BackendError, explain, rope_attention, self_test
-from test_rope_attention import Case, run
-from witness import FORWARD, GRADIENT, Budget, assert_within_budget, poisoned_allocations
+from test_rope_attention import Case
+from witness import FORWARD, Budget, poisoned_allocations
 
 pytest.importorskip("triton.experimental.gluon")
 HOST = sys.modules.get("psann_kernels.rope_attention_gluon")
 SELF_TEST = sys.modules["psann_kernels.self_test"]
+BACKWARD = sys.modules.get("psann_kernels.rope_attention_backward_gluon")
 SOURCE = Path(psann_kernels.__file__).with_name("rope_attention_kernel_gluon.py")
+BACKWARD_SOURCE = Path(psann_kernels.__file__).with_name("rope_attention_backward_kernel_gluon.py")
 CPU = torch.device("cpu")
 
 CASES = [
@@ -30,7 +33,7 @@ CASES = [
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """set(seed, edit): the kernel as gluon_emulator runs it serves backend "gluon" on the CPU."""
+    """set(seed, edit): the kernels as gluon_emulator runs them serve backend "gluon" on the CPU, the forward's spoilt by edit."""
     if OPS["rope_attention"].refusal("triton", *[torch.ones(1, 1, 1, 64)] * 3, softmax_scale=1.0) is not None:
         pytest.skip("without the interpreter no Triton kernel turns the queries of CPU tensors")
     monkeypatch.setattr(HOST, "refuses_device", lambda device: None)
@@ -38,6 +41,7 @@ def emulated(monkeypatch):
 
     def set_kernel(seed=0, edit=lambda source: source):
         monkeypatch.setattr(HOST, "_kernel", lambda: Kernel(SOURCE, "forward_kernel", seed, edit))
+        monkeypatch.setattr(BACKWARD, "_kernel", lambda: Kernel(BACKWARD_SOURCE, "backward_kernel", seed))
 
     set_kernel()
     return set_kernel
@@ -59,15 +63,6 @@ def test_three_witnesses(emulated, dtype):
         plain = case.formula(dtype)(case.q, case.k, case.v)
         budget.add(fast, plain, case.formula(torch.float64)(*(t.double() for t in (case.q, case.k, case.v))))
     budget.check()
-
-
-def test_gradients_come_from_the_twin(emulated):
-    case = Case(65, 64, heads=(2, 1), dtype=torch.bfloat16)
-    tensors = (case.q, case.k, case.v, case.do)
-    fast = run(case.call("gluon"), *tensors)
-    working, truth = run(case.formula(torch.bfloat16), *tensors), run(case.formula(torch.float64), *(t.double() for t in tensors))
-    for name, *values in zip(("o", "dq", "dk", "dv"), fast, working, truth):
-        assert_within_budget(f"gluon {name}", *values, FORWARD if name == "o" else GRADIENT)
 
 
 def test_any_order_gives_the_same_bits(emulated):
@@ -171,7 +166,7 @@ def test_nothing_is_found_in_the_kernel_itself(emulated):
 
 def test_a_deadlock_says_who_waits(emulated):
     emulated(0, FAULTS["keys are never freed"])
-    with pytest.raises(Deadlock, match="partition 2 waits for phase"):
+    with pytest.raises(Deadlock, match="partition 2 of program . waits for phase"):
         outputs(Case(400, 64, dtype=torch.bfloat16))
 
 

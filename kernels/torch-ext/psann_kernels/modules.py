@@ -269,7 +269,8 @@ class RotaryAttention(nn.Module):
     interleaved    True turns adjacent pairs of features, False turns halves (Llama)
     window         tokens that a query sees, its own included; None: all
     bias           whether the four projections have one
-    backend        "auto", "triton", "native" or "torch"; an op that the backend does not implement at all runs as under "auto"
+    backend        "auto", "triton", "native", "torch" or "gluon" (see rope_attention); an op that the backend does not implement at
+                   all runs as under "auto"
 
     State: `q_proj`, `k_proj`, `v_proj`, `o_proj`. The tables are float32 whatever the module's dtype (float64 in a float64
     module): bfloat16 ones would turn distant positions to the same angle. Source: as rope_attention and paged_attention.

@@ -51,8 +51,8 @@ def rope_attention(
     window                                tokens seen, the query's own included; None: all
     alibi_slopes   (H,)                   float32 (float64 beside a float64 q): adds slope * (key position - query position)
                                           to the scaled scores. No gradient flows to them.
-    backend                               "auto", "triton", "native" or "torch"; "gluon" for a Hopper kernel that no GPU has run
-                                          yet, which serves once self_test(gluon=True) has compared it there with "triton"
+    backend                               "auto", "triton", "native" or "torch"; "gluon" for Hopper kernels that no GPU has run
+                                          yet, which serve once self_test(gluon=True) has compared them there with "triton"
 
     Positions count from 0 in each document. Without cu_seqlens key j sits at position j and query i at Tk - Tq + i, so that
     fewer queries than keys are the newest tokens; queries beyond the keys (Tq > Tk) see nothing, give 0 and have no gradient.

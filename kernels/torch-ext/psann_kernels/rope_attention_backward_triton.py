@@ -290,7 +290,8 @@ DESCRIBED_KEY_TILES: Tiles = {(64, False): Tile(32, 128, 8, 2), (128, False): Ti
 DESCRIBED_QUERY_TILES: Tiles = {(64, False): Tile(128, 64, 8, 2), (128, False): Tile(128, 64, 8, 2)}
 
 
-def _delta(o: Tensor, do: Tensor) -> Tensor:
+def delta_of(o: Tensor, do: Tensor) -> Tensor:
+    """Row sums of do * o, both (B, T, H, D): (B, H, T) float32."""
     batch, queries, heads, head_dim = o.shape
     delta = torch.empty((batch, heads, queries), dtype=torch.float32, device=o.device)
     rows, block_r = batch * queries * heads, rows_per_program(head_dim)
@@ -314,7 +315,7 @@ def _backward(
     q, k, v, do = (with_unit_stride(t) for t in (q, k, v, do))
     if cos is not None:
         q = rotated(q, cos, sin, start, keys - queries, interleaved)
-    delta = _delta(o, do)
+    delta = delta_of(o, do)
 
     width = narrowing(window, keys)
     constants = variant(head_dim, cos, interleaved, start, width, alibi_slopes)

@@ -1,8 +1,8 @@
-"""rope_attention on Hopper by a warp-specialised Gluon kernel (rope_attention_kernel_gluon.py), forward alone; the plain Triton
-twin gives the gradients from what this forward leaves.
+"""rope_attention on Hopper by warp-specialised Gluon kernels: the forward's is in rope_attention_kernel_gluon.py, the gradients'
+are launched by rope_attention_backward_gluon.py.
 
-The kernel has not run on a GPU. So "auto" never takes it: it serves backend="gluon" alone, and only where
-`self_test(gluon=True)` has found that on this device, with this Triton, it gives the twin's numbers.
+The kernels have not run on a GPU. So "auto" never takes them: they serve backend="gluon" alone, and only where
+`self_test(gluon=True)` has found that on this device, with this Triton, they give the plain Triton twin's numbers.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 import triton
 from torch import Tensor
 
-from . import rope_attention_backward_triton as backward
-from .descriptor_triton import is_describable
+from .descriptor_gluon import described, descriptor_type
 from .library import define
 from .rope_attention import OP
+from .rope_attention_backward_gluon import rope_attention_gluon_backward
 from .rope_attention_tiles_triton import narrowing, rotated
 from .triton_support import Configuration
 
@@ -73,22 +73,6 @@ def _kernel() -> Any:
     return importlib.import_module(".rope_attention_kernel_gluon", __package__).forward_kernel
 
 
-def _layout() -> Any:
-    language = importlib.import_module("triton.experimental.gluon.language")
-    return language.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-
-
-def described(t: Tensor, rows: int) -> Any:
-    """The descriptor of t (B, T, H, D) as (B, H, T, D), read in tiles of `rows` tokens of one head; outside of it are zeros."""
-    descriptor = importlib.import_module("triton.experimental.gluon.nvidia.hopper").TensorDescriptor
-    if not is_describable(t):
-        t = t.clone(memory_format=torch.contiguous_format)
-    t = t.transpose(1, 2)
-    # The stride of a dimension of one entry is never used and may be anything, but a descriptor takes whole 16 bytes alone.
-    strides = [8 if length == 1 else stride for length, stride in zip(t.shape[:-1], t.stride()[:-1])]
-    return descriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, t.shape[-1]], _layout())
-
-
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool, softmax_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,7 +106,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _differentiate(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return *backward.rope_attention_triton_backward(do, *ctx.saved_tensors, None, None, None, *ctx.options, None), *[None] * 4
+    return *rope_attention_gluon_backward(do, *ctx.saved_tensors, *ctx.options), *[None] * 4
 
 
 rope_attention_gluon = define(
@@ -146,15 +130,16 @@ def _serve(
 
 
 def configurations() -> list[Configuration]:
-    """Both widths as a long call compiles them, and one query of one head, where every size is the constant 1."""
+    """Both widths as a long call compiles them, float16, and one query of one head, where every size is the constant 1."""
     found = []
-    for name, head_dim, size in (("long", 64, "i32:16"), ("long", 128, "i32:16"), ("one query", 128, "i32:1")):
+    rows = (("long", "bf16", 64, "i32:16"), ("long", "bf16", 128, "i32:16"), ("long", "fp16", 128, "i32:16"))
+    for name, dtype, head_dim, size in (*rows, ("one query", "bf16", 128, "i32:1")):
         kernel = _kernel()
         constants = dict(D=head_dim, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
         signature = {argument: size for argument in kernel.arg_names if argument not in constants}
-        for argument, rows in (("q_desc", BLOCK_M // CONSUMERS), ("k_desc", BLOCK_N), ("v_desc", BLOCK_N)):
-            signature[argument] = f"tensordesc<bf16[1,1,{rows},{head_dim}],{_layout()!r}>"
-        signature |= {"o_ptr": "*bf16:16", "lse_ptr": "*fp32:16", "softmax_scale": "fp32"}
-        name = f"rope_attention gluon forward {name} bf16 D={head_dim}"
+        for argument, tile in (("q_desc", BLOCK_M // CONSUMERS), ("k_desc", BLOCK_N), ("v_desc", BLOCK_N)):
+            signature[argument] = descriptor_type(dtype, tile, head_dim)
+        signature |= {"o_ptr": f"*{dtype}:16", "lse_ptr": "*fp32:16", "softmax_scale": "fp32"}
+        name = f"rope_attention gluon forward {name} {dtype} D={head_dim}"
         found.append(Configuration(kernel, signature, constants, num_warps=4, num_stages=1, name=name, targets=("sm_90",)))
     return found

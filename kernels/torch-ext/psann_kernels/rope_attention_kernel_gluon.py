@@ -1,4 +1,5 @@
-"""The forward of rope_attention for sm_90 in Gluon, Triton's language of layouts, barriers and asynchronous products.
+"""The forward of rope_attention for sm_90 in Gluon, Triton's language of layouts, barriers and asynchronous products. The gradients
+are in rope_attention_backward_kernel_gluon.py.
 
 It has not run on a GPU. What is known of it is that it compiles for sm_90 (tests/kernels/gluon_gate.py) and that, executed by a
 stand-in of the language with hostile interleavings (tests/kernels/gluon_emulator.py), it computes the attention.

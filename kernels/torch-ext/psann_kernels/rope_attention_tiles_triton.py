@@ -260,10 +260,12 @@ def rows_per_program(head_dim: int) -> int:
     return 2048 // block_d(head_dim)
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor | None, shift: int, interleaved: bool) -> Tensor:
-    """x (B, T, H, D), each token turned by its position in its document, or by t + shift; contiguous."""
+def rotated(
+    x: Tensor, cos: Tensor, sin: Tensor, start: Tensor | None, shift: int, interleaved: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    """x (B, T, H, D), each token turned by its position in its document, or by t + shift; contiguous, in x's dtype or `dtype`."""
     batch, tokens, heads, head_dim = x.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     if x.numel() == 0:
         return y
     rows, block_r = batch * tokens * heads, rows_per_program(head_dim)

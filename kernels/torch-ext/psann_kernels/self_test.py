@@ -45,8 +45,9 @@ def self_test(device: str | torch.device | None = None, *, again: bool = False, 
 
     device  default: the current GPU; the CPU where TRITON_INTERPRET=1 runs the kernels there
     again   whether to run it although the cache folder (XDG_CACHE_HOME or ~/.cache, psann-fast/self-test.json) has the answer
-    gluon   whether to compare rope_attention's Gluon kernel with the Triton one too, on Hopper, and let backend "gluon" serve if
-            they agree. Asked for by name, because no GPU has run that kernel yet: a wrong barrier in it would not fail but hang.
+    gluon   whether to compare rope_attention's Gluon kernels with the Triton ones too, forward and gradients, on Hopper, and let
+            backend "gluon" serve if they agree. Asked for by name, because no GPU has run those kernels yet: a wrong barrier in
+            them would not fail but hang.
 
     Returns op -> "passed", or the reason with which backend "triton" refuses it on this device from now on; {"triton": why} where
     no kernel can run; with `gluon` also "rope_attention by gluon" -> the same. Takes about a second beyond compiling. Raises
@@ -76,7 +77,7 @@ def self_test(device: str | torch.device | None = None, *, again: bool = False, 
 
 
 def _test_gluon(device: torch.device, again: bool) -> str:
-    """Whether the Gluon kernel gives the Triton twin's o and log-sum-exp, and in five runs the same bits;
+    """Whether the Gluon kernels give the Triton twin's o, log-sum-exp and gradients, and in five runs the same bits;
     as `self_test` says it."""
     kernels = importlib.import_module(".rope_attention_gluon", __package__)
     if (reason := kernels.refuses_device(device)) is not None:
@@ -104,19 +105,35 @@ def compare_gluon(device: torch.device) -> str:
     by_triton = importlib.import_module(".rope_attention_triton", __package__).rope_attention_triton
     g = torch.Generator().manual_seed(0)
     for head_dim, queries, keys in GLUON_SHAPES:
-        sizes = ((queries, 4), (keys, 2), (keys, 2))
-        q, k, v = (torch.randn(2, tokens, heads, head_dim, generator=g).to(device, torch.bfloat16) for tokens, heads in sizes)
+        sizes = ((queries, 4), (keys, 2), (keys, 2), (queries, 4))
+        q, k, v, do = (torch.randn(2, tokens, heads, head_dim, generator=g).to(device, torch.bfloat16) for tokens, heads in sizes)
         cos, sin = rotary_tables(keys, head_dim, device=device)
-        truth = by_triton(*(t.float() for t in (q, k, v)), cos, sin, None, None, None, True, head_dim**-0.5, None)[:2]
-        runs = [by_gluon(q, k, v, cos, sin, True, head_dim**-0.5)[:2] for _ in range(5)]
-        for place, name in enumerate(("result", "log-sum-exp")):
-            got, expected = runs[0][place].double(), truth[place].double()
-            error = (torch.linalg.vector_norm(got - expected) / torch.linalg.vector_norm(expected)).item()
-            where = f"the self-test on {device}, {queries} queries, {keys} keys, head_dim {head_dim}: the Gluon kernel's {name}"
+        scale = head_dim**-0.5
+
+        def run(op: Callable[..., Any], options: tuple[Any, ...], *tensors: Tensor) -> dict[str, Tensor]:
+            leaves = [t.requires_grad_() for t in tensors[:3]]
+            with torch.enable_grad():
+                o, lse, _ = op(*leaves, *options)
+                gradients = torch.autograd.grad(o, leaves, tensors[3])
+            names = ("result", "log-sum-exp", "gradient of q", "gradient of k", "gradient of v")
+            return dict(zip(names, (o.detach(), lse.detach(), *gradients)))
+
+        def by_gluon_once() -> dict[str, Tensor]:
+            return run(by_gluon, (cos, sin, True, scale), *(t.detach() for t in (q, k, v, do)))
+
+        where = f"the self-test on {device}, {queries} queries, {keys} keys, head_dim {head_dim}: the Gluon kernels'"
+        truth = run(by_triton, (cos, sin, None, None, None, True, scale, None), *(t.float() for t in (q, k, v, do)))
+        first = by_gluon_once()
+        for name, expected in truth.items():
+            # The gradients of q and k vanish where a query sees one key: what is left of them is the rounding of dO's products.
+            size = torch.linalg.vector_norm(expected.double()).clamp_min(1e-2 * torch.linalg.vector_norm(do.double()))
+            error = (torch.linalg.vector_norm(first[name].double() - expected.double()) / size).item()
             if not error <= TOLERANCES[torch.bfloat16]:
-                return f"{where} is wrong: relative error {error:.2g}, at most {TOLERANCES[torch.bfloat16]:g} is rounding"
-            if not all(torch.equal(run[place], runs[0][place]) for run in runs):
-                return f"{where} has other bits in another run"
+                return f"{where} {name} is wrong: relative error {error:.2g}, at most {TOLERANCES[torch.bfloat16]:g} is rounding"
+        for _ in range(4):
+            for name, again in by_gluon_once().items():
+                if not torch.equal(again, first[name]):
+                    return f"{where} {name} has other bits in another run"
     return "passed"
 
 
