@@ -57,6 +57,8 @@ def faults(result: dict[str, Any]) -> Iterator[str]:
         # Each consumer stores dS once, and adds dQ by instructions that do not wait for what was there.
         if result["fenced stores"] != 2:
             yield f"{what}: {result['fenced stores']} fenced stores of dS; each of two consumers has one"
+        if not (result["acquires"] and result["releases"]):
+            yield f"{what}: {result['acquires']} acquires and {result['releases']} releases; the order of dQ needs both"
         if not result["REDG.E.ADD.F32x2"]:
             yield f"{what}: has no REDG.E.ADD.F32x2, so dQ is not added two elements at a time"
 
@@ -85,6 +87,8 @@ def compile_one(configuration: Any) -> dict[str, Any]:
         "asynchronous waits": sum(i.name == "WARPGROUP.DEPBAR.LE" and i.operands.endswith("0x1") for i in code.instructions),
         "unsynchronized arrivals": unsynchronized_arrivals(compiled.asm["ptx"]),
         "fenced stores": fenced_stores(compiled.asm["ptx"]),
+        "acquires": len(re.findall(r"(?:ld|atom)\.global\.gpu\.acquire", compiled.asm["ptx"])),
+        "releases": len(re.findall(r"(?:red|atom)\.global\.gpu\.release", compiled.asm["ptx"])),
     }
 
 

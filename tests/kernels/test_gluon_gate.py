@@ -40,6 +40,7 @@ def test_every_gluon_configuration_passes_with_the_pinned_triton(pinned_triton, 
 GOOD = {
     "name": "x backward", "triton": "0", "registers": 168, "stack": 0, "shared": 232448, "warps": 12, "HGMMA": 1, "UTMALDG": 1,
     "USETMAXREG": 1, "REDG.E.ADD.F32x2": 32, "asynchronous waits": 4, "unsynchronized arrivals": 0, "fenced stores": 2,
+    "acquires": 2, "releases": 1,
 }  # fmt: skip
 
 
@@ -55,6 +56,8 @@ GOOD = {
         ({"asynchronous waits": 0}, "nothing runs beside the exponentials"),
         ({"unsynchronized arrivals": 1}, "1 arrivals at barriers"),
         ({"fenced stores": 1}, "1 fenced stores of dS"),
+        ({"acquires": 0}, "0 acquires and 1 releases"),
+        ({"releases": 0}, "2 acquires and 0 releases"),
         ({"REDG.E.ADD.F32x2": 0}, "has no REDG.E.ADD.F32x2"),
     ],
     ids=str,

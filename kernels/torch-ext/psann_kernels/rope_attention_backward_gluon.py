@@ -1,7 +1,8 @@
 """Gradients of rope_attention on Hopper: rope_attention_backward_kernel_gluon.py and what must happen before and after it.
 
 Before: Q is turned, delta = row sums of dO * O is made, and the sum of dQ and its counters begin as 0. After: dQ and dK, which the
-kernel leaves in float32, are scaled, turned back and rounded by a pass each, and dV gets the order of v.
+kernel leaves in float32, are scaled, turned back and rounded by a pass each, and dV gets the order of v. Beside the results there
+are 4 bytes for each element of dQ and dK, and 2 for each of dV, for as long as that takes.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ dQ is summed in global memory, in the same order in every run: the program of th
 queries says how many have added. One warp, the turn taker, waits for the program's turn and passes it on, so that no consumer waits
 for global memory. Programs take their keys by a ticket, the last keys first: whoever waits does so for one that has started, in
 whatever order a GPU starts them. With the last keys first nobody waits where programs begin together, for each reaches a tile of
-queries one step after the one before it.
+queries one step after the one before it. The price is that the longest programs begin last.
 
 Spills cost more here than instructions, and registers are full: 128 of sums and 64 of scores of the 240 a thread. So what a row of
 queries needs (log-sum-exp, delta, the last key that it sees, its row of dQ) lies in shared memory, where the producer puts it, and
@@ -131,6 +131,7 @@ def _consume(
         p = gl.exp2(s * scale - lse[None, :])
         sight = sight_ring.index(slot).load(gl.SliceLayout(0, s_layout))
         row = PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+        # Keys past the last are hidden too: no query sees them.
         p = gl.where(row[:, None] <= sight[None, :], p, 0.0)
         weights = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, kv_layout, 2))
         dv = warpgroup_mma(weights, do, dv, is_async=True)

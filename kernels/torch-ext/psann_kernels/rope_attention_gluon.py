@@ -130,9 +130,9 @@ def _serve(
 
 
 def configurations() -> list[Configuration]:
-    """Both widths as a long call compiles them, float16, and one query of one head, where every size is the constant 1."""
+    """Both widths as a long call compiles them, odd sizes in float16, and one query of one head, whose sizes are the constant 1."""
     found = []
-    rows = (("long", "bf16", 64, "i32:16"), ("long", "bf16", 128, "i32:16"), ("long", "fp16", 128, "i32:16"))
+    rows = (("long", "bf16", 64, "i32:16"), ("long", "bf16", 128, "i32:16"), ("odd", "fp16", 128, "i32"))
     for name, dtype, head_dim, size in (*rows, ("one query", "bf16", 128, "i32:1")):
         kernel = _kernel()
         constants = dict(D=head_dim, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
