@@ -17,6 +17,8 @@ template <int N> struct Count { static constexpr int value = N; };
 constexpr int64_t GRAIN = 1 << 15;        // products below which one thread is faster
 constexpr int64_t PIECE_BYTES = 1 << 18;  // of weights, at most
 constexpr int64_t AHEAD = 4096;           // bytes that are asked for before their turn where several rows of x share a weight
+// The same where one row uses it, into the second cache; narrower vectors gain nothing by it.
+constexpr int64_t ALONE_AHEAD = WIDTH == 16 ? 2048 : 0;
 // Runs of weight rows that one row of x reads in turn. The hardware fetches ahead within each, and rows side by side would be one
 // such run to it: one Zen 3 core reads four far apart about twice as fast as four neighbours.
 constexpr int STREAMS = 4;
@@ -39,7 +41,10 @@ INLINE void dot(const float* x, int64_t x_stride, const W* weight, int64_t weigh
         Float w[S][2];
         UNROLL for (int s = 0; s < S; s++) {
             const W* p = weight + s * weight_stride + k;
-            if (R > 1) __builtin_prefetch(reinterpret_cast<const char*>(p) + AHEAD, 0, 3);
+            const char* bytes = reinterpret_cast<const char*>(p);
+            if (R > 1) __builtin_prefetch(bytes + AHEAD, 0, 3);
+            else if (ALONE_AHEAD > 0)
+                UNROLL for (size_t i = 0; i < 2 * WIDTH * sizeof(W); i += 64) __builtin_prefetch(bytes + ALONE_AHEAD + i, 0, 2);
             load_pair(p, w[s]);
         }
         add(k, w);

@@ -11,10 +11,12 @@ from typing import Any, Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch.autograd import _profiler_enabled, forward_ad
+from torch.compiler import is_compiling
 
 TENSORS = (Tensor, torch.nn.Parameter)
-OTHERS = (type(None), bool, int, float, str)
+OTHERS = (bool, int, float, str)
 
 
 def shortcut(
@@ -47,7 +49,7 @@ def shortcut(
             return backward(ctx, *gradients)
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return op(*arguments)
         if forward_ad._current_level >= 0 and any(_has_tangent(a) for a in arguments):
             # The dispatcher would drop it without a word.
@@ -56,6 +58,8 @@ def shortcut(
             return op(*arguments)
         needs_gradient = False
         for argument in arguments:
+            if argument is None:
+                continue
             if type(argument) in TENSORS:
                 needs_gradient = needs_gradient or argument.requires_grad
             elif type(argument) not in OTHERS:
@@ -70,11 +74,11 @@ def shortcut(
 def _is_watched() -> bool:
     """True where something besides autograd would see, or replace, a call of the dispatcher."""
     return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-        or torch.autograd._profiler_enabled()
+        _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _are_functorch_transforms_active()
+        or _is_tracing()
+        or _profiler_enabled()
     )
 
 

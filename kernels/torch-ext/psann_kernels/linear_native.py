@@ -22,13 +22,17 @@ MAX_ROWS = 8
 
 
 def _forward(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    outputs, inputs = weight.shape
-    y = x.new_empty((*x.shape[:-1], outputs))
+    (outputs, inputs), shape = weight.shape, x.shape
+    # Decoding has one kernel after another wait for this function: the usual two dimensions are not taken apart.
+    y = x.new_empty((shape[0], outputs) if len(shape) == 2 else (*shape[:-1], outputs))
     if y.numel() == 0:
         return y
     if inputs == 0:
         return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
-    (memory, rows, stride), (weight, _, weight_stride) = rows_of(x), rows_of(weight)
+    memory, rows, stride = rows_of(x)
+    weight_stride = inputs
+    if not weight.is_contiguous():
+        weight, _, weight_stride = rows_of(weight)
     scale = None if scale is None else scale.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     launch(
@@ -77,9 +81,11 @@ def refuses(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Ten
         return f"x has {rows} rows; the kernel serves 1 to {MAX_ROWS}, more are a matter for a matrix product"
     if weight.dtype not in WEIGHT_TYPES:
         return f"weight is {weight.dtype}; the kernel serves float32, bfloat16, float16 and int8"
+    if x.is_cpu:
+        return refuses_dtype("x", x)
     if x.is_cuda:
         return f"the tensors are on {x.device}; the kernel runs on the CPU, a GPU multiplies few rows fast by itself"
-    return refuses_device(x) or refuses_dtype("x", x)
+    return refuses_device(x)
 
 
 @OP.offer("native", refuses)

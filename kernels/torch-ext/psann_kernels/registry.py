@@ -84,15 +84,19 @@ class Op:
 
     def refusal(self, backend: str, *args: Any, **kwargs: Any) -> str | None:
         """Why `backend` cannot serve this call, or None if it can."""
-        if backend in self.implementations:
-            if (
-                self._faults
-                and (reason := self._faults.get((backend, args[0].device))) is not None
-                and self._is_suspect(*args, **kwargs)
-            ):
-                return reason
-            return self.implementations[backend].refuses(*args, **kwargs)
-        return self.unavailable.get(backend, f"{backend} does not implement {self.name}")
+        return self._reason(backend, args, kwargs)
+
+    def _reason(self, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        implementation = self.implementations.get(backend)
+        if implementation is None:
+            return self.unavailable.get(backend, f"{backend} does not implement {self.name}")
+        if (
+            self._faults
+            and (reason := self._faults.get((backend, args[0].device))) is not None
+            and self._is_suspect(*args, **kwargs)
+        ):
+            return reason
+        return implementation.refuses(*args, **kwargs)
 
     def select(self, backend: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         """The function that serves this call.
@@ -102,12 +106,12 @@ class Op:
         """
         if backend == "auto":
             for candidate in AUTO_ORDER.get(args[0].device.type, ("torch",)):
-                if candidate in self.implementations and self.refusal(candidate, *args, **kwargs) is None:
+                if candidate in self.implementations and self._reason(candidate, args, kwargs) is None:
                     return self.implementations[candidate].function
             raise AssertionError(f"{self.name} has no specification")
-        check_backend(backend, self.name)
-        reason = self.refusal(backend, *args, **kwargs)
+        reason = self._reason(backend, args, kwargs)
         if reason is not None:
+            check_backend(backend, self.name)
             raise BackendError(f"{self.name}(backend={backend!r}): {reason}")
         return self.implementations[backend].function
 
