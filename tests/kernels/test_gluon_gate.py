@@ -1,4 +1,7 @@
-"""The Gluon kernels compile for sm_90 with both Tritons and are what they should be, on a machine without a GPU (gluon_gate.py)."""
+"""The Gluon kernels compile for sm_90 with both Tritons and are what they should be, on a machine without a GPU (gluon_gate.py).
+
+A second run takes what Triton compiled from the cache folder.
+"""
 
 import json
 import os
@@ -8,15 +11,15 @@ import sys
 import gluon_gate
 import pytest
 from gate import PACKAGE
-from test_gate import pinned_triton  # noqa: F401 (a fixture)
+from test_gate import CACHE, pinned_triton  # noqa: F401 (one is a fixture)
 
 pytest.importorskip("triton.experimental.gluon")
 
 
-def results(triton_path, cache):
+def results(triton_path):
     paths = [str(triton_path)] if triton_path else []
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join([*paths, str(PACKAGE.parent)])}
+    environment |= {"TRITON_CACHE_DIR": str(CACHE / "gluon-gate"), "PYTHONPATH": os.pathsep.join([*paths, str(PACKAGE.parent)])}
     done = subprocess.run([sys.executable, gluon_gate.__file__], capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -27,12 +30,12 @@ def assert_no_faults(found):
     assert [fault for result in found for fault in gluon_gate.faults(result)] == []
 
 
-def test_every_gluon_configuration_passes_with_the_installed_triton(tmp_path):
-    assert_no_faults(results(None, tmp_path))
+def test_every_gluon_configuration_passes_with_the_installed_triton():
+    assert_no_faults(results(None))
 
 
-def test_every_gluon_configuration_passes_with_the_pinned_triton(pinned_triton, tmp_path):  # noqa: F811
-    found = results(pinned_triton, tmp_path)
+def test_every_gluon_configuration_passes_with_the_pinned_triton(pinned_triton):  # noqa: F811
+    found = results(pinned_triton)
     assert_no_faults(found)
     assert pinned_triton is None or {result["triton"] for result in found} == {"3.6.0"}
 
