@@ -34,15 +34,6 @@ def _k_swizzle(head_dim: int) -> int:
     return head_dim // CONSUMERS * 2
 
 
-def _turned_back(
-    x: Tensor, cos: Tensor | None, sin: Tensor | None, shift: int, interleaved: bool, softmax_scale: float, dtype: torch.dtype
-) -> Tensor:
-    """x (B, T, H, D) float32, scaled, token t turned back from position t + shift, in `dtype`; contiguous."""
-    if cos is None:
-        return torch.mul(x, softmax_scale, out=torch.empty(x.shape, dtype=dtype, device=x.device))
-    return rotated(x, cos * softmax_scale, sin * -softmax_scale, None, shift, interleaved, dtype)
-
-
 def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool,
     softmax_scale: float,
@@ -68,8 +59,13 @@ def _backward(
         D=head_dim, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4,
     )  # fmt: skip
     dq, dk, dv = (t[:, :, :tokens].transpose(1, 2) for t, tokens in ((dq, queries), (dk, keys), (dv, keys)))
-    options = interleaved, softmax_scale, dtype
-    return _turned_back(dq, cos, sin, shift, *options), _turned_back(dk, cos, sin, 0, *options), dv.contiguous()
+    if cos is None:
+        dq, dk = (torch.mul(t, softmax_scale, out=torch.empty(t.shape, dtype=dtype, device=device)) for t in (dq, dk))
+    else:
+        # The scale rides on the tables, and -sin turns back.
+        cos, sin = cos * softmax_scale, sin * -softmax_scale
+        dq, dk = (rotated(t, cos, sin, None, place, interleaved, dtype) for t, place in ((dq, shift), (dk, 0)))
+    return dq, dk, dv.contiguous()
 
 
 def _backward_fake(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
