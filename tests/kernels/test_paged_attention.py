@@ -7,7 +7,7 @@ import torch
 from paged_cases import dense, make_case, offsets, rotary_tables, rotated
 from psann_kernels import BackendError, explain, paged_append, paged_attention, rope_attention
 from psann_kernels.paged_attention import APPEND, ATTENTION
-from witness import BACKENDS, FORWARD, Budget, assert_within_budget, poisoned_allocations
+from witness import BACKENDS, FORWARD, Budget, assert_within_budget, judge, poisoned_allocations
 
 BLOCK_SIZES = [1, 8, 16, 64]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -128,41 +128,46 @@ def test_appending_and_attending_in_steps_is_attention_of_the_whole(backend, dty
     """Prefill in one piece or in several, decode, speculate: each token's output is that of one pass over the sequence."""
     serving(backend)
     lengths, block_size, heads, kv_heads, head_dim = [26, 26], 8, 3, 1, 24
-    g = torch.Generator().manual_seed(0)
-    whole = [[torch.randn(1, t, h, head_dim, generator=g).to(dtype) for h in (heads, kv_heads, kv_heads)] for t in lengths]
-    tables = dict(zip(("cos", "sin"), (t.to(dtype) for t in rotary_tables(26, head_dim)))) if "alibi" not in options else {}
-    rotary = tables | {"interleaved": "pairs" in options}
-    extra = dict(alibi_slopes=torch.rand(heads, generator=g).to(dtype), window=9) if "alibi" in options else {}
     wide = lambda d, to: {k: v.to(to) if isinstance(v, torch.Tensor) else v for k, v in d.items()}  # noqa: E731 (two uses)
-    truth = [
-        rope_attention(*(t.double() for t in qkv), **wide(rotary | extra, torch.float64), backend="torch")[0] for qkv in whole
-    ]
 
-    for steps in ([[26, 26]], [[5, 3], [1, 1], [1, 0], [3, 5], [16, 17]]):
-        k_cache, v_cache = (torch.full((8, block_size, kv_heads, head_dim), float("nan"), dtype=dtype) for _ in range(2))
-        block_table = torch.randperm(8, generator=g).view(2, 4).int()
-        done, outputs = [0, 0], [[], []]
-        for new in steps:
-            ends = [d + n for d, n in zip(done, new)]
-            q, k, v = (torch.cat([qkv[i][0, d:e] for qkv, d, e in zip(whole, done, ends)]) for i in range(3))
-            positions = torch.cat([torch.arange(d, e) for d, e in zip(done, ends)])
-            owner = torch.repeat_interleave(torch.arange(2), torch.tensor(new))
-            slots = block_table[owner, positions // block_size].long() * block_size + positions % block_size
-            paged_append(k, v, k_cache, v_cache, slots, positions=positions, **rotary, backend=backend)
-            o = paged_attention(
-                q, k_cache, v_cache, block_table, torch.tensor(ends).int(), offsets(new), **rotary, **extra, backend=backend
-            )
-            for out, piece in zip(outputs, o.split(new)):
-                out.append(piece)
-            done = ends
-        assert done == lengths
-        for b in range(2):
-            got = torch.cat(outputs[b])
-            if dtype == torch.float64:
-                torch.testing.assert_close(got, truth[b], rtol=0, atol=1e-14)
-            else:
-                plain = rope_attention(*whole[b], **rotary, **extra, backend="torch")[0]
-                assert_within_budget(f"{backend} {steps}", got, plain, truth[b], FORWARD)
+    def pool(budgets, draw):
+        g = torch.Generator().manual_seed(draw)
+        whole = [[torch.randn(1, t, h, head_dim, generator=g).to(dtype) for h in (heads, kv_heads, kv_heads)] for t in lengths]
+        tables = dict(zip(("cos", "sin"), (t.to(dtype) for t in rotary_tables(26, head_dim)))) if "alibi" not in options else {}
+        rotary = tables | {"interleaved": "pairs" in options}
+        extra = dict(alibi_slopes=torch.rand(heads, generator=g).to(dtype), window=9) if "alibi" in options else {}
+        truth = [
+            rope_attention(*(t.double() for t in qkv), **wide(rotary | extra, torch.float64), backend="torch")[0] for qkv in whole
+        ]
+
+        for steps in ([[26, 26]], [[5, 3], [1, 1], [1, 0], [3, 5], [16, 17]]):
+            k_cache, v_cache = (torch.full((8, block_size, kv_heads, head_dim), float("nan"), dtype=dtype) for _ in range(2))
+            block_table = torch.randperm(8, generator=g).view(2, 4).int()
+            done, outputs = [0, 0], [[], []]
+            for new in steps:
+                ends = [d + n for d, n in zip(done, new)]
+                q, k, v = (torch.cat([qkv[i][0, d:e] for qkv, d, e in zip(whole, done, ends)]) for i in range(3))
+                positions = torch.cat([torch.arange(d, e) for d, e in zip(done, ends)])
+                owner = torch.repeat_interleave(torch.arange(2), torch.tensor(new))
+                slots = block_table[owner, positions // block_size].long() * block_size + positions % block_size
+                paged_append(k, v, k_cache, v_cache, slots, positions=positions, **rotary, backend=backend)
+                o = paged_attention(
+                    q, k_cache, v_cache, block_table, torch.tensor(ends).int(), offsets(new), **rotary, **extra, backend=backend
+                )
+                for out, piece in zip(outputs, o.split(new)):
+                    out.append(piece)
+                done = ends
+            assert done == lengths
+            for b in range(2):
+                got = torch.cat(outputs[b])
+                if dtype == torch.float64:
+                    torch.testing.assert_close(got, truth[b], rtol=0, atol=1e-14)
+                else:
+                    plain = rope_attention(*whole[b], **rotary, **extra, backend="torch")[0]
+                    budget = budgets.setdefault(len(steps), Budget(f"{backend} in {len(steps)} steps", FORWARD))
+                    budget.add(got, plain, truth[b])
+
+    judge(pool)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
