@@ -80,4 +80,4 @@ def serve_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device "meta", which has shapes and no numbers, takes the place of a GPU: the Triton kernels serve it."""
     pytest.importorskip("triton")
     monkeypatch.setitem(AUTO_ORDER, "meta", ("triton",))
-    monkeypatch.setattr(Op, "refusal", lambda self, backend, *args, **kwargs: None)
+    monkeypatch.setattr(Op, "_reason", lambda self, backend, args, kwargs: None)
