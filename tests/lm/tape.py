@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch._dynamo  # noqa: F401 (knows is_compiling by identity, so it must not be imported first while that is replaced)
 from psann_fast.cuda_graphs import CaptureError
 from psann_kernels.registry import AUTO_ORDER, Op
 from torch import Tensor

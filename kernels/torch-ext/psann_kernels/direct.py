@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch.autograd import _profiler_enabled, forward_ad
-from torch.compiler import is_compiling
 
 TENSORS = (Tensor, torch.nn.Parameter)
 OTHERS = (bool, int, float, str)
@@ -49,7 +48,7 @@ def shortcut(
             return backward(ctx, *gradients)
 
     def call(*arguments: Any) -> Any:
-        if is_compiling():
+        if torch.compiler.is_compiling():
             return op(*arguments)
         if forward_ad._current_level >= 0 and any(_has_tangent(a) for a in arguments):
             # The dispatcher would drop it without a word.
