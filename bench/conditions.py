@@ -48,7 +48,7 @@ def _commit() -> str:
     git = lambda *words: subprocess.run(  # noqa: E731 (two uses)
         ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     ).stdout.strip()
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no", ":!bench/results") else "")
 
 
 def write_results(path: str | Path, rows: Iterable[Mapping[str, Any]], *peers: str) -> None:
