@@ -48,7 +48,9 @@ def _commit() -> str:
     git = lambda *words: subprocess.run(  # noqa: E731 (two uses)
         ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     ).stdout.strip()
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no", ":!bench/results") else "")
+    # What a run before this one has written is no change of what runs.
+    changes = git("status", "--porcelain", "--untracked-files=no", ":(top,exclude)bench/results")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changes else "")
 
 
 def write_results(path: str | Path, rows: Iterable[Mapping[str, Any]], *peers: str) -> None:
