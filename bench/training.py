@@ -5,7 +5,8 @@
 d_model 512, 8 layers, 8 heads, 4096 token ids, windows of 256, 2048 tokens a step: the same random letters, a token each. Each
 trainer runs in a process of its own, as it ships: psannlm's `fit`, ours with the library's defaults. Rates are tokens over the time
 of the steps after the first two. "share" is 6 FLOP per parameter and token over the rate of a square product of the same dtype,
-measured in the same process before and after, the better of both. Peak memory is the process's largest resident set, torch included.
+measured in the same process before and after, the better of both. Peak memory is the process's largest resident set, torch
+included.
 """
 
 from __future__ import annotations
