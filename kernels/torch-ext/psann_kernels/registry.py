@@ -87,6 +87,7 @@ class Op:
         return self._reason(backend, args, kwargs)
 
     def _reason(self, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """`refusal` of arguments that need not be packed again."""
         implementation = self.implementations.get(backend)
         if implementation is None:
             return self.unavailable.get(backend, f"{backend} does not implement {self.name}")
