@@ -147,6 +147,7 @@ CASES = [
 HALF_CASES = [
     dict(tokens=65, head_dim=64, heads=(2, 1)),
     dict(tokens=33, head_dim=40, documents=[0, 20, 13], window=9, rotary="halves", alibi=True),
+    dict(tokens=150, head_dim=16, batch=2, heads=(4, 2)),
 ]
 
 
@@ -161,6 +162,30 @@ def test_three_witnesses(backend):
 def test_three_witnesses_in_half_precision(backend, dtype):
     serving(backend, dtype)
     judge(backend, [Case(**arguments, dtype=dtype) for arguments in HALF_CASES])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_three_witnesses_of_short_windows_in_pieces(dtype, monkeypatch):
+    # Blocks of few queries, and few rows of the batch at a time, with every kind of bias.
+    dense = importlib.import_module("psann_kernels.rope_attention_dense")
+    monkeypatch.setattr(dense, "QUERIES", 16)
+    monkeypatch.setattr(dense, "SCORES_AT_ONCE", 6000)
+    cases = [
+        Case(37, 16, batch=5, heads=(4, 2), dtype=dtype),
+        Case(37, 16, batch=5, heads=(4, 2), documents=[30, 0, 100, 55], alibi=True, dtype=dtype),
+        Case(37, 16, batch=3, heads=(3, 1), window=5, rotary=None, dtype=dtype),
+        Case(18, 16, batch=3, keys=50, heads=(2, 2), rotary="halves", dtype=dtype),
+    ]
+    assert all(dense.serves(case.q, case.k) for case in cases)
+    assert len(list(dense._pieces(cases[0].q.shape, cases[0].k.shape))) == 9
+    judge("torch", cases)
+
+
+def test_short_windows_have_no_second_derivative():
+    case = Case(9, 16)
+    leaves = [t.requires_grad_() for t in (case.q, case.k, case.v)]
+    with pytest.raises(RuntimeError, match="its gradient has no derivative on a CPU"):
+        torch.autograd.grad(case.call("torch")(*leaves), leaves, case.do, create_graph=True)
 
 
 def judge(backend, cases):

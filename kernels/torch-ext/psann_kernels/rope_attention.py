@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import rope_attention_dense as dense
 from .documents import are_values_known, check_cu_seqlens, document_bounds
 from .library import without_autocast
 from .registry import Op
@@ -102,8 +103,8 @@ def reference(
         )  # fmt: skip
         return F.pad(seeing, (0, 0, 0, 0, queries - keys, 0))
 
-    dtype = q.dtype
-    if q.device.type == "cpu" and keys <= CPU_WIDE_KEYS:
+    dtype, is_dense = q.dtype, dense.serves(q, k)
+    if q.device.type == "cpu" and keys <= CPU_WIDE_KEYS and not is_dense:
         q, k, v = (t.to(torch.promote_types(dtype, torch.float32)) for t in (q, k, v))
     key = torch.arange(keys, device=q.device)
     query = key[keys - queries :]
@@ -111,30 +112,40 @@ def reference(
     if cu_seqlens is not None:
         start, _ = document_bounds(cu_seqlens, batch * keys, row_length=keys)
         first = (start.view(batch, keys) - keys * torch.arange(batch, device=q.device).unsqueeze(1)).long()
+    turns = None
     if cos is not None:
         is_packed = cu_seqlens is not None
-        q = rotate(q, cos, sin, positions=query - first if is_packed or queries < keys else None, interleaved=interleaved)
-        k = rotate(k, cos, sin, positions=key - first if is_packed else None, interleaved=interleaved)
+        of_q, of_k = query - first if is_packed or queries < keys else None, key - first if is_packed else None
+        if is_dense and interleaved:
+            turns = tuple(_turns(cos, sin, p, n) for p, n in ((of_q, queries), (of_k, keys)))
+        else:
+            q = rotate(q, cos, sin, positions=of_q, interleaved=interleaved)
+            k = rotate(k, cos, sin, positions=of_k, interleaved=interleaved)
 
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if queries == keys and cu_seqlens is None and window is None and alibi_slopes is None:
-        return _attend(q, k, v, is_causal=True, scale=softmax_scale).to(dtype)
+    if cu_seqlens is None and window is None and alibi_slopes is None:
+        if is_dense:
+            return dense.attend(q, k, v, turns, dense.causal_bias(queries, keys), softmax_scale)
+        if queries == keys:
+            return _attend(q, k, v, is_causal=True, scale=softmax_scale).to(dtype)
 
     if window is not None:
         first = torch.maximum(first, query - window + 1)
     seen = ((key <= query.unsqueeze(1)) & (key >= first.unsqueeze(-1))).unsqueeze(1)  # (1 or B, 1, Tq, Tk)
-    if alibi_slopes is None:
+    if alibi_slopes is None and not is_dense:
         return _attend(q, k, v, attn_mask=seen, scale=softmax_scale).to(dtype)
 
     # A bias of some hundreds has no room for fractions in bfloat16, so scores with one are computed wide.
-    bias = alibi_slopes.view(heads, 1, 1) * (key - query.unsqueeze(1))
+    bias = torch.zeros(()) if alibi_slopes is None else alibi_slopes.view(heads, 1, 1) * (key - query.unsqueeze(1))
     bias = bias.masked_fill(~seen, float("-inf"))
+    if is_dense:
+        return dense.attend(q, k, v, turns, bias, softmax_scale)
     wide = (t.to(bias.dtype) for t in (q, k, v))
     return _attend(*wide, attn_mask=bias, scale=softmax_scale).to(dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """torch's attention of (B, heads, T, D) as (B, T, heads, D), in the dtype that is given whatever autocast would make of it."""
+    """torch's attention of (B, T, heads, D), in the dtype that is given whatever autocast would make of it."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     with without_autocast(q.device):
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options).transpose(1, 2)
 
@@ -165,6 +176,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, positions: Tensor | None = No
     a, b = a * cos - b * sin, b * cos + a * sin
     turned = torch.stack((a, b), dim=-1).flatten(-2) if interleaved else torch.cat((a, b), dim=-1)
     return turned.to(x.dtype)
+
+
+def _turns(cos: Tensor, sin: Tensor, positions: Tensor | None, length: int) -> Tensor:
+    """(1 or B, length, D / 2) complex: what turns pairs of neighbours; of the first positions if none are given."""
+    if positions is None:
+        return torch.complex(cos[:length], sin[:length]).unsqueeze(0)
+    return torch.complex(cos[positions], sin[positions])
 
 
 def _is_complex_cheaper(x: Tensor) -> bool:

@@ -1,0 +1,164 @@
+"""Attention of short windows on a CPU as matrix products of whole windows; part of rope_attention's reference, read that first.
+
+torch's attention for CPUs multiplies small blocks in float32, one (sequence, head) after another. Where the scores of some rows of
+a batch fit into the caches, batched products of all of them are faster, above all on CPUs that multiply bfloat16: rotation, forward
+and backward of (12, 64, 4, 32) in bfloat16 1.3 times, of (8, 256, 8, 64) 1.6 times, of (4, 512, 8, 64) 1.9 times, of (12, 64, 4, 32)
+in float32 1.25 times, of (8, 128, 8, 64) as fast (torch 2.13, two threads of a Zen 4).
+
+Scores, softmax and its sums are float32 as there; probabilities are rounded to the inputs' dtype before they meet the values, as in
+attention kernels for GPUs. Kept for backward: those and the turned inputs, so memory grows with H * Tk * 2 bytes a token.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Iterator
+
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
+
+from .library import without_autocast
+
+# Keys up to which this is faster, with products in float32 and in bfloat16 where the CPU multiplies that.
+MOST_KEYS = {torch.float32: 128, torch.bfloat16: 512}
+QUERIES = 128  # of a block: with 256 keys a quarter of the scores, which no query of the first block sees, is left out
+SCORES_AT_ONCE = 1 << 20  # 4 MB of float32
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the products with probabilities for inputs of `dtype`: half precision is widened where the CPU has none."""
+    return dtype if dtype == torch.bfloat16 and _multiplies_bf16() else torch.promote_types(dtype, torch.float32)
+
+
+def serves(q: Tensor, k: Tensor) -> bool:
+    """Whether attend is the way for q (B, Tq, H, D) and k (B, Tk, Hkv, D).
+
+    Not under functorch or forward-mode differentiation, which this has no rules for.
+    """
+    if not torch.compiler.is_compiling() and (forward_ad._current_level >= 0 or _are_functorch_transforms_active()):
+        return False
+    return q.device.type == "cpu" and 0 < q.numel() and k.shape[1] <= MOST_KEYS.get(product_dtype(q.dtype), 0)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, turns: tuple[Tensor, Tensor] | None, bias: Tensor, scale: float) -> Tensor:
+    """softmax(scale * q k^T + bias) v of each row and head, q and k turned before.
+
+    q, k   (B, Tq, H, D), (B, Tk, Hkv, D)   Tq <= Tk: queries are the newest tokens
+    v      (B, Tk, Hkv, D)                  products with probabilities take place in product_dtype(v.dtype)
+    turns                                   (1 or B, Tq, D / 2) for q and (1 or B, Tk, D / 2) for k, complex64: what to multiply
+                                            pairs (2m, 2m + 1) of features by; None: nothing
+    bias   (1 or B, 1 or H, Tq, Tk)         float32, -infinity where a query does not see a key, so at all later keys
+
+    Returns (B, Tq, H, D) in v's dtype. Differentiable in q, k and v, once.
+    """
+    return _Attend.apply(q, k, v, *(turns or (None, None)), bias, scale)
+
+
+@functools.lru_cache(maxsize=16)
+def causal_bias(queries: int, keys: int) -> Tensor:
+    """(1, 1, queries, keys) float32: 0 where key <= query, the queries being the newest; shared by all calls, so not to be changed."""
+    with torch.inference_mode(False):
+        position = torch.arange(keys)
+        is_later = position > position[keys - queries :].unsqueeze(1)
+        return torch.zeros(queries, keys).masked_fill(is_later, float("-inf"))[None, None]
+
+
+@functools.cache
+def _multiplies_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+class _Attend(torch.autograd.Function):
+    # Inside, tensors are (B, Hkv, tokens, D), the queries' (B, Hkv, H / Hkv, Tq, D): the query heads of one key head are rows of one
+    # product. What comes and goes, (B, T, H, D), is read and written through views of that form. The scale of the scores is on q.
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, turn_q: Tensor | None, turn_k: Tensor | None, bias: Tensor, scale: float
+    ) -> Tensor:  # fmt: skip
+        narrow, kept = product_dtype(v.dtype), []
+        kv_heads = k.shape[2]
+        o = torch.empty(q.shape, dtype=v.dtype)
+        with without_autocast(q.device):
+            queries = _turn(_copy(_by_key_head(q, kv_heads), torch.float32), turn_q, scale)
+            keys = _turn(_copy(k.transpose(1, 2), torch.float32), turn_k, 1.0)
+            values = _copy(v.transpose(1, 2), narrow)
+            outs = _by_key_head(o, kv_heads)
+            for rows, block, seen in _pieces(q.shape, k.shape):
+                scores = torch.bmm(_rows(queries[rows, :, :, block]), keys[rows, :, seen].flatten(0, 1).mT)
+                scores.view(*outs[rows, :, :, block].shape[:-1], -1).add_(_part(bias, kv_heads, rows, block, seen))
+                p = torch.softmax(scores, -1).to(narrow)
+                out = outs[rows, :, :, block]
+                out.copy_(torch.bmm(p, values[rows, :, seen].flatten(0, 1)).view(out.shape))
+                kept.append(p)
+        if any(ctx.needs_input_grad):
+            ctx.scale, ctx.shapes, ctx.dtypes = scale, (q.shape, k.shape), (q.dtype, k.dtype, v.dtype)
+            ctx.save_for_backward(queries.to(narrow), keys.to(narrow), values, turn_q, turn_k, *kept)
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # a second derivative would silently miss what follows
+            raise RuntimeError("rope_attention: its gradient has no derivative on a CPU (create_graph=True asks for one)")
+        queries, keys, values, turn_q, turn_k, *kept = ctx.saved_tensors
+        (q_shape, k_shape), narrow = ctx.shapes, values.dtype
+        with without_autocast(do.device):
+            douts = _copy(_by_key_head(do, k_shape[2]), narrow)
+            dqueries, dkeys, dvalues = (torch.empty(t.shape) for t in (queries, keys, values))
+            for (rows, block, seen), p in zip(_pieces(q_shape, k_shape), kept):
+                dout, query = _rows(douts[rows, :, :, block]), _rows(queries[rows, :, :, block])
+                dp = torch.bmm(dout, values[rows, :, seen].flatten(0, 1).mT)
+                dscores = torch._softmax_backward_data(dp, p, -1, narrow)
+                dquery, dkey, dvalue = dqueries[rows, :, :, block], dkeys[rows, :, seen], dvalues[rows, :, seen]
+                dquery.copy_(torch.bmm(dscores, keys[rows, :, seen].flatten(0, 1)).view(dquery.shape))
+                # The first block sees every key, and later ones add to it.
+                add = Tensor.copy_ if block.stop == q_shape[1] else Tensor.add_
+                add(dkey, torch.bmm(dscores.mT, query).view(dkey.shape))
+                add(dvalue, torch.bmm(p.mT, dout).view(dvalue.shape))
+            dq, dk, dv = (torch.empty(shape, dtype=dtype) for shape, dtype in zip((q_shape, k_shape, k_shape), ctx.dtypes))
+            back_q, back_k = (None if turn is None else turn.conj_physical() for turn in (turn_q, turn_k))
+            _by_key_head(dq, k_shape[2]).copy_(_turn(dqueries, back_q, ctx.scale))
+            dk.transpose(1, 2).copy_(_turn(dkeys, back_k, 1.0))
+            dv.transpose(1, 2).copy_(dvalues)
+        return dq, dk, dv, None, None, None, None
+
+
+def _pieces(q_shape: torch.Size, k_shape: torch.Size) -> Iterator[tuple[slice, slice, slice]]:
+    """Rows of the batch, a block of their queries, and the keys that it may see; the newest queries first."""
+    (batch, queries, heads, _), keys = q_shape, k_shape[1]
+    at_once = max(1, SCORES_AT_ONCE // (heads * min(queries, QUERIES) * keys))
+    for first in range(0, batch, at_once):
+        for end in range(queries, 0, -QUERIES):
+            yield slice(first, first + at_once), slice(max(0, end - QUERIES), end), slice(0, keys - queries + end)
+
+
+def _by_key_head(t: Tensor, kv_heads: int) -> Tensor:
+    """t (B, Tq, H, D) seen as (B, Hkv, H / Hkv, Tq, D)."""
+    return t.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(rows, Hkv, H / Hkv, block, D) as (rows * Hkv, H / Hkv * block, D)."""
+    return t.reshape(t.shape[0] * t.shape[1], -1, t.shape[-1])
+
+
+def _copy(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A dense copy, in one pass whatever changes."""
+    return torch.empty(t.shape, dtype=dtype).copy_(t)
+
+
+def _turn(t: Tensor, turn: Tensor | None, scale: float) -> Tensor:
+    """t (B, ..., T, D) with its pairs turned and scaled, in place."""
+    if turn is None:
+        return t if scale == 1.0 else t.mul_(scale)
+    pairs = torch.view_as_complex(t.unflatten(-1, (-1, 2)))
+    pairs.mul_((turn if scale == 1.0 else turn * scale).view(turn.shape[0], *[1] * (t.dim() - 3), *turn.shape[1:]))
+    return t
+
+
+def _part(bias: Tensor, kv_heads: int, rows: slice, block: slice, seen: slice) -> Tensor:
+    """The bias (1 or rows, 1 or Hkv, 1 or H / Hkv, block, seen) of a piece."""
+    bias = bias[rows if bias.shape[0] > 1 else slice(None), :, block, seen]
+    return bias.unflatten(1, (kv_heads, -1) if bias.shape[1] > 1 else (1, 1))
