@@ -291,7 +291,7 @@ class TrainConfig:
         "peak learning rate (default: 3e-3, above a d_model of 128 times sqrt(128 / d_model))",
         optional=True,
     )
-    min_lr_ratio: float = _option(0.0, _real(0, 1), "where the cosine ends, after the last step, as a fraction of lr")
+    min_lr_ratio: float = _option(0.0, _real(0, 1), "where the straight decay ends, after the last step, as a fraction of lr")
     warmup_steps: int = _option(100, _whole(0), "optimizer steps of linear warmup; at most a tenth of the run")
     optimizer: str = _option(
         "adamw", _one_of(*OPTIMIZERS), "'adamw', or 'muon' for the matrices of the blocks and adamw for the rest"

@@ -62,12 +62,15 @@ def warmup_length(config: TrainConfig, total_steps: int) -> int:
 
 
 def learning_rate(step: int, total_steps: int, warmup: int, config: TrainConfig) -> float:
-    """Rate of optimizer step `step` (from 0): linear warmup to lr, then a cosine that reaches min_lr_ratio * lr after
-    the last step.
+    """Rate of optimizer step `step` (from 0): linear warmup to lr, then a straight line that reaches min_lr_ratio * lr after the
+    last step.
 
-    After, not at: with a ratio of 0 the last step would move nothing.
+    After, not at: with a ratio of 0 the last step would move nothing. Straight, because a cosine spends its last tenth below
+    2.5 % of the peak, where steps move next to nothing, while a line still averages out noise there: with bench.ablation's
+    models, data and batches, 1300 steps end 0.004 to 0.018 nats per character lower (seven pairs, both bases, both optimizers).
+    Source: Bergsma et al. 2025, arXiv:2502.15938, who find the same for larger models.
     """
     if step < warmup:
         return config.lr * (step + 1) / warmup
     progress = (step - warmup) / (total_steps - warmup)
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * (1 - min(progress, 1.0)))

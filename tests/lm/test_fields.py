@@ -316,7 +316,7 @@ def lr():
 @shows(TrainConfig, "min_lr_ratio")
 def min_lr_ratio():
     last = [history(lr=0.01, max_steps=4, warmup_steps=0, min_lr_ratio=ratio)[-1]["lr"] for ratio in (0.0, 0.5, 1.0)]
-    assert last == pytest.approx([0.01 * 0.14645, 0.01 * (0.5 + 0.5 * 0.14645), 0.01], rel=1e-3)
+    assert last == pytest.approx([0.01 * 0.25, 0.01 * (0.5 + 0.5 * 0.25), 0.01])
 
 
 @shows(TrainConfig, "warmup_steps")

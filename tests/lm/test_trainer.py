@@ -269,21 +269,21 @@ def rates_of(stepped) -> list[float]:
     return [rates[0] for rates, _, _ in stepped]
 
 
-def test_warmup_then_cosine_to_the_ratio(stepped):
+def test_warmup_then_a_line_to_the_ratio(stepped):
     history = train(tiny(), examples(60), config(max_steps=40, epochs=9, lr=0.01, warmup_steps=4, min_lr_ratio=0.1))
     rates = rates_of(stepped)
     assert len(rates) == 40 and [row["lr"] for row in history] == rates
     assert rates[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
     for step in range(4, 40):
         along = (step - 4) / (40 - 4)
-        assert rates[step] == pytest.approx(0.01 * (0.1 + 0.9 * (1 + math.cos(math.pi * along)) / 2))
+        assert rates[step] == pytest.approx(0.01 * (0.1 + 0.9 * (1 - along)))
     assert rates[-1] > 0.001 and max(rates) == pytest.approx(0.01)
     settings = config(lr=0.01, min_lr_ratio=0.1)
     assert learning_rate(40, 40, 4, settings) == pytest.approx(0.001), "the minimum comes after the last step"
 
 
 def test_the_last_step_moves_the_weights(monkeypatch):
-    # A cosine that is 0 at the last step wastes it.
+    # A rate of 0 at the last step wastes it.
     module = tiny()
     before = {}
 
@@ -308,7 +308,7 @@ def test_a_call_ends_at_the_smaller_of_epochs_and_max_steps_and_so_does_the_sche
     history = train(tiny(), rows, config(warmup_steps=0, min_lr_ratio=0.25, lr=0.01, **options))
     rates = rates_of(stepped)
     assert len(rates) == steps == history[-1]["step"]
-    last = 0.25 + 0.75 * (1 + math.cos(math.pi * (steps - 1) / steps)) / 2
+    last = 0.25 + 0.75 * (1 - (steps - 1) / steps)
     assert rates[0] == pytest.approx(0.01) and rates[-1] == pytest.approx(0.01 * last)
     assert [row["epoch"] for row in history] == [1 + step // 3 for step in range(steps)]
 
