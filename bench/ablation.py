@@ -37,7 +37,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "frequency spread 0.7": ({**WAVE, "sine_freq_init_std": 0.7}, {}),
     "frequency 6": ({**WAVE, "sine_freq_init": 6.0}, {}),
     "damping 0.1": ({**WAVE, "sine_damp_init": 0.1}, {}),
-    "wave kernel 2": ({**WAVE, "wave_kernel": 2}, {}),
+    "wave kernel 4": ({**WAVE, "wave_kernel": 4}, {}),
     "respsann, optimizer muon": (PLAIN, {"optimizer": "muon"}),
     "GELU, optimizer muon": ({**PLAIN, "base": "gelu-twin"}, {"optimizer": "muon"}),
 }
