@@ -295,8 +295,11 @@ class TrainConfig:
     )
     min_lr_ratio: float = _option(0.0, _real(0, 1), "where the straight decay ends, after the last step, as a fraction of lr")
     warmup_steps: int = _option(100, _whole(0), "optimizer steps of linear warmup; at most a tenth of the run")
-    optimizer: str = _option(
-        "adamw", _one_of(*OPTIMIZERS), "'adamw', or 'muon' for the matrices of the blocks and adamw for the rest"
+    optimizer: str | None = _option(
+        None,
+        _one_of(*OPTIMIZERS),
+        "'muon' for the matrices of the blocks and adamw for the rest, or 'adamw' for all (default: 'muon', with amp='fp16' 'adamw')",
+        optional=True,
     )
     weight_decay: float = _option(0.1, _real(0), "weight decay, on matrices only")
     beta1: float = _option(0.9, _real(0, 1, open_high=True), "AdamW decay of the first moment")

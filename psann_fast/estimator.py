@@ -35,7 +35,7 @@ from .train.checkpoint import Part
 from .train.checkpoints import Checkpoints
 from .train.distributed import is_launched
 from .train.model_card import model_card
-from .train.optim import default_rate
+from .train.optim import default_optimizer, default_rate
 from .train.precision import resolve_device
 from .train.resumable import check_resumable
 from .train.run_folder import RunFolder, logged_alone, one_run
@@ -172,6 +172,8 @@ class psannLM:
         config = configuration.changed(self.config, **fill)
         if settings.lr is None:
             settings = configuration.changed(settings, lr=default_rate(config.d_model))
+        if settings.optimizer is None:
+            settings = configuration.changed(settings, optimizer=default_optimizer(settings.amp))
         check(settings, resolve_device(config.device))
         module = self._module if self._module is not None else self._drawn(config, settings.seed)
         if settings.checkpoint_dir is not None:

@@ -46,6 +46,12 @@ def default_rate(d_model: int) -> float:
     return 3e-3 * min(1.0, math.sqrt(128 / d_model))
 
 
+def default_optimizer(amp: str) -> str:
+    """The optimizer where none is given: Muon, from which the models of bench.ablation learn in 1300 steps what they learn in 2000
+    from AdamW; with float16's loss scaling, which takes one optimizer, AdamW."""
+    return "adamw" if amp == "fp16" else "muon"
+
+
 def is_product(name: str, parameter: nn.Parameter) -> bool:
     """True for the weight of a linear layer inside a block."""
     return parameter.dim() == 2 and name.startswith("blocks.") and not name.endswith("wave.weight")

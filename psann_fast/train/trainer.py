@@ -88,15 +88,17 @@ def train(
 def check(config: TrainConfig, device: torch.device) -> torch.dtype | None:
     """The autocast dtype, or None. Raises ValueError for options that cannot be served here, ModuleNotFoundError where tensorboard
     is wanted and not installed, before anything is touched."""
-    if config.lr is None:
-        raise ValueError("lr is None; give train a rate (fit takes the model's default_rate)")
+    for name, default in (("lr", "default_rate"), ("optimizer", "default_optimizer")):
+        if getattr(config, name) is None:
+            raise ValueError(f"{name} is None; give train one (fit takes {default}'s)")
     check_launch(config)
     if config.tensorboard:
         run_folder.tensorboard_writer()
     dtype = resolve_amp(config.amp, device)
     if dtype == torch.float16 and config.optimizer == "muon":
         raise ValueError(
-            "optimizer is 'muon' and amp is 'fp16', whose overflows could stop one half of a step alone; use amp='bf16'"
+            "optimizer is 'muon' and amp is 'fp16', whose overflows could stop one half of a step alone; use amp='bf16', or "
+            "optimizer='adamw'"
         )
     reason = graphs.refuses(config, device, processes(config)) if config.cuda_graphs else None
     if reason is not None:
