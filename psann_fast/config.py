@@ -298,7 +298,7 @@ class TrainConfig:
     optimizer: str | None = _option(
         None,
         _one_of(*OPTIMIZERS),
-        "'muon' for the matrices of the blocks and adamw for the rest, or 'adamw' for all (default: 'muon', with amp='fp16' 'adamw')",
+        "'muon' for the matrices of the blocks and adamw for the rest, or 'adamw' for all (default: muon; adamw if amp is fp16)",
         optional=True,
     )
     weight_decay: float = _option(0.1, _real(0), "weight decay, on matrices only")

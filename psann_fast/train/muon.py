@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .precision import cpu_has_bf16
-from .snapshot import like, whole
+from .snapshot import sharded_as, whole
 
 MOMENTUM = 0.95
 # a x + b x^3 + c x^5, one after the other, bring singular values from [0.01, 1] to between 0.7 and 1.3. Each is the best quintic
@@ -71,21 +71,21 @@ class Muon(torch.optim.Optimizer):
         taken = None if self.found_inf is None else 1 - self.found_inf
         if taken is not None:  # NaN times 0 is NaN
             gradients = [torch.where(taken > 0, g, torch.zeros_like(g)) for g in gradients]
-        updates = []
-        for p, gradient in zip(members, gradients):
+        for p in members:
             if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(gradient)
-            momentum = self.state[p]["momentum_buffer"]
-            momentum.lerp_(gradient, 1 - MOMENTUM if taken is None else (1 - MOMENTUM) * taken)
-            updates.append(whole(gradient.lerp(momentum, MOMENTUM)))
-        scale = 0.2 * lr * math.sqrt(max(updates[0].shape))
-        stacked = torch.stack(updates)
-        for p, update in zip(members, orthogonal(stacked).to(stacked.dtype)):
-            update = like(update.to(p.dtype), p)
-            if taken is None:
-                p.mul_(1 - lr * weight_decay).sub_(update, alpha=scale)
-            else:
-                p.mul_(1 - lr * weight_decay * taken).sub_(update * taken, alpha=scale)
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+        momenta = [self.state[p]["momentum_buffer"] for p in members]
+        moves = torch._foreach_sub(gradients, momenta)
+        torch._foreach_mul_(moves, 1 - MOMENTUM if taken is None else (1 - MOMENTUM) * taken)
+        torch._foreach_add_(momenta, moves)
+        stacked = torch.stack([whole(t) for t in torch._foreach_lerp(gradients, momenta, MOMENTUM)])
+        updates = orthogonal(stacked).to(members[0].dtype)
+        if taken is not None:
+            updates *= taken
+        decay = lr * weight_decay
+        torch._foreach_mul_(members, 1 - decay if taken is None else 1 - decay * taken)
+        scale = 0.2 * lr * math.sqrt(max(stacked.shape[1:]))
+        torch._foreach_sub_(members, [sharded_as(update, p) for update, p in zip(updates.unbind(), members)], alpha=scale)
 
 
 def orthogonal(x: Tensor) -> Tensor:

@@ -60,12 +60,20 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """`value` where `parameter` is, and sharded as it is unless it is a single number."""
-    if not hasattr(parameter, "device_mesh") or value.dim() == 0:
+    """A copy of `value` where `parameter` is, and sharded as it is unless it is a single number."""
+    if value.dim() == 0:
         return value.to(parameter.device, copy=True)
+    copy = value.to(parameter.device, copy=not hasattr(parameter, "device_mesh"))
+    return sharded_as(copy, parameter)
+
+
+def sharded_as(value: Tensor, parameter: Tensor) -> Tensor:
+    """This process' part of `value`, which all have, if `parameter` is sharded; else `value` itself."""
+    if not hasattr(parameter, "device_mesh"):
+        return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
 def on_cpu(tensors: Mapping[str, Tensor], *, copy: bool) -> dict[str, Tensor]:

@@ -82,7 +82,7 @@ OUT_OF_RANGE = {
         "compile": FLAG,
         "cuda_graphs": FLAG,
         "activation_checkpointing": FLAG,
-        "optimizer": ["sgd", "", None],
+        "optimizer": ["sgd", "", 1],
         "keep_checkpoints": WHOLE,
         "async_checkpoints": FLAG,
         "resume": ["", 5, True],

@@ -111,7 +111,7 @@ def test_an_error_of_the_writer_ends_all(tmp_path):
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_every_example_is_seen_once_by_any_number_of_processes(packed, count):
     rows = examples(37, packed=packed)
-    config = TrainConfig(batch_tokens=16, grad_accum_steps=2, epochs=2)
+    config = TrainConfig(batch_tokens=16, grad_accum_steps=2, epochs=2, optimizer="adamw")
     plan = Plan.of(rows, config, count)
     runs = [list(steps(rows, plan, config, rank=rank, processes=count)) for rank in range(count)]
     assert {len(run) for run in runs} == {plan.total_steps}

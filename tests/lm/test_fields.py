@@ -17,7 +17,7 @@ from psann_fast.train import checkpoint, run_folder
 from psann_fast.train.checkpoints import Checkpoints
 from psann_fast.train.distributed import check_launch
 from psann_fast.train.loss import LossModule
-from psann_fast.train.optim import build_optimizers, default_rate
+from psann_fast.train.optim import build_optimizers, default_optimizer, default_rate
 from psann_kernels import explain
 from tiny import SENTENCES, data, fitted, model, tiny, tokens
 
@@ -422,7 +422,9 @@ def optimizer():
         for name in ("adamw", "muon")
     }
     assert names == {"adamw": ["AdamW"], "muon": ["AdamW", "Muon"]}
-    assert not torch.allclose(weights(optimizer="muon"), weights(), atol=1e-4)
+    assert not torch.allclose(weights(optimizer="muon"), weights(optimizer="adamw"), atol=1e-4)
+    assert torch.equal(weights(optimizer="muon"), weights())
+    assert [default_optimizer(amp) for amp in ("auto", "bf16", "fp16", "fp32")] == ["muon", "muon", "adamw", "muon"]
 
 
 @shows(TrainConfig, "keep_checkpoints")

@@ -30,7 +30,7 @@ def no_plot(monkeypatch):
 # Three micro-batches a step, rows of different lengths, a last step with fewer of both; dropout; a validation every fourth step.
 CONFIG = dict(
     batch_tokens=24, grad_accum_steps=3, epochs=3, lr=0.01, log_interval_steps=2, eval_interval_steps=4, save_interval_steps=1,
-    progress=False, amp="fp32",
+    progress=False, amp="fp32", optimizer="adamw",
 )  # fmt: skip
 TIMES = ("tokens_per_second", "mfu", "seconds")
 
@@ -254,7 +254,7 @@ def test_a_checkpoint_is_a_model_and_can_be_named(tmp_path):
         (dict(lr=0.5), r"resume: lr was 0.003 in the run to continue and is 0.5 now; give the same options, or start anew"),
         (dict(seed=7), "resume: seed was 1337"),
         (dict(batch_tokens=16), "resume: batch_tokens was 64"),
-        (dict(optimizer="muon"), "resume: optimizer was 'adamw'"),
+        (dict(optimizer="adamw"), "resume: optimizer was 'muon'"),
         (dict(prepared=data(seed=4)), "resume: the data is not that of the run to continue"),
         (dict(prepared=data(max_length=8)), "resume: the data is not that of the run"),
         (dict(lm=model(d_mlp=32)), "of another shape than the configuration says"),

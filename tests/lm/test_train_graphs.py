@@ -113,7 +113,9 @@ def meta(monkeypatch):
 
 def steps_on_meta(base: str, **options) -> list[str]:
     prepared, module = data(), tiny(base=base, vocab_size=258).to("meta").train()
-    config = TrainConfig(lr=1e-3, batch_tokens=32, amp="fp32", progress=False, log_interval_steps=1000, **options)
+    config = TrainConfig(
+        **{"optimizer": "adamw", **options}, lr=1e-3, batch_tokens=32, amp="fp32", progress=False, log_interval_steps=1000
+    )
     training = trainer._Training(
         module, prepared.dataset, config, None, Group(config, torch.device("meta")), None, None, None, None, []
     )

@@ -30,7 +30,8 @@ def examples(documents: int = 20, window: int = 8, packed: bool = True, seed: in
 
 
 def config(**options) -> TrainConfig:
-    return TrainConfig(**{"batch_tokens": 64, "log_interval_steps": 1, "progress": False, "amp": "fp32", "lr": 1e-3, **options})
+    usual = {"batch_tokens": 64, "log_interval_steps": 1, "progress": False, "amp": "fp32", "lr": 1e-3, "optimizer": "adamw"}
+    return TrainConfig(**{**usual, **options})
 
 
 @pytest.fixture
