@@ -31,15 +31,15 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "default": (WAVE, {}),
     "base respsann": (PLAIN, {}),
     "activation GELU": ({**PLAIN, "base": "gelu-twin"}, {}),
-    "optimizer muon": (WAVE, {"optimizer": "muon"}),
+    "optimizer adamw": (WAVE, {"optimizer": "adamw"}),
     "frequency 1": ({**WAVE, "sine_freq_init": 1.0}, {}),
     "learning rate 1e-3": (WAVE, {"lr": 1e-3}),
     "frequency spread 0.7": ({**WAVE, "sine_freq_init_std": 0.7}, {}),
     "frequency 6": ({**WAVE, "sine_freq_init": 6.0}, {}),
     "damping 0.1": ({**WAVE, "sine_damp_init": 0.1}, {}),
     "wave kernel 4": ({**WAVE, "wave_kernel": 4}, {}),
-    "respsann, optimizer muon": (PLAIN, {"optimizer": "muon"}),
-    "GELU, optimizer muon": ({**PLAIN, "base": "gelu-twin"}, {"optimizer": "muon"}),
+    "respsann, optimizer adamw": (PLAIN, {"optimizer": "adamw"}),
+    "GELU, optimizer adamw": ({**PLAIN, "base": "gelu-twin"}, {"optimizer": "adamw"}),
 }
 
 

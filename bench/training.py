@@ -1,9 +1,10 @@
 """Training on a CPU beside psannlm 2.0.1's own trainer, and beside what the machine's matrix products allow.
 
-    python -m bench.training [--steps 8] [--bases respsann waveresnet] [--amp bf16 fp32] [--out FILE]
+    python -m bench.training [--steps 8] [--bases respsann waveresnet] [--amp bf16 fp32] [--optimizers adamw muon] [--out FILE]
 
 d_model 512, 8 layers, 8 heads, 4096 token ids, windows of 256, 2048 tokens a step: the same random letters, a token each. Each
-trainer runs in a process of its own, as it ships: psannlm's `fit`, ours with the library's defaults. Rates are tokens over the time
+trainer runs in a process of its own: psannlm's `fit` as it ships, ours with the library's defaults but for the optimizer, which is
+theirs, AdamW, unless another is asked for (Muon, ours, does more in a step and needs fewer of them). Rates are tokens over the time
 of the steps after the first two. "share" is 6 FLOP per parameter and token over the rate of a square product of the same dtype,
 measured in the same process before and after, the better of both. Peak memory is the process's largest resident set, torch
 included.
@@ -39,15 +40,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps timed (default 8)")
     parser.add_argument("--bases", nargs="+", default=["respsann", "waveresnet"])
     parser.add_argument("--amp", nargs="+", default=["auto"], help="ours: auto, bf16, fp32 (default auto)")
+    parser.add_argument("--optimizers", nargs="+", default=["adamw"], help="ours: adamw, muon (default adamw, which psannlm takes)")
     parser.add_argument("--out", type=Path, default=RESULTS / "training.jsonl")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
         print("RESULT " + json.dumps(run(json.loads(options.case))))
         return
-    cases = [{"trainer": "psann-fast", "base": base, "amp": amp} for base in options.bases for amp in options.amp]
+    cases = [
+        {"trainer": "psann-fast", "base": base, "amp": amp, "optimizer": optimizer}
+        for base in options.bases for amp in options.amp for optimizer in options.optimizers
+    ]  # fmt: skip
     if importlib.util.find_spec("psannlm") is not None:
-        cases.append({"trainer": "psannlm", "base": "respsann", "amp": "as it ships"})
+        cases.append({"trainer": "psannlm", "base": "respsann", "amp": "as it ships", "optimizer": "adamw"})
     else:
         print("psannlm is not installed; skipped")
     rows = [in_a_process({**case, "steps": options.steps}) for case in cases]
@@ -82,6 +87,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         "trainer": case["trainer"],
         "base": case["base"],
         "amp": case["amp"],
+        "optimizer": case["optimizer"],
         "tokens_per_second": tokens_per_second,
         "share": tokens_per_second * 6 * parameters / rate,
         "product_dtype": str(dtype).removeprefix("torch."),
@@ -125,7 +131,7 @@ def run_ours(case: dict[str, Any], steps: int) -> tuple[list[float], int]:
         seconds.append(time.perf_counter() - began)
 
     trainer._Training._step = timed
-    model.fit(data, max_steps=steps, batch_tokens=WINDOW * ROWS, amp=case["amp"], progress=False)
+    model.fit(data, max_steps=steps, batch_tokens=WINDOW * ROWS, amp=case["amp"], optimizer=case["optimizer"], progress=False)
     return seconds, model.module.num_parameters()
 
 
