@@ -9,7 +9,8 @@ defaults. Judged by nats per character over the whole validation part (the last 
 The text is the corpus of char-rnn and nanoGPT, 1,115,394 bytes: data/tinyshakespeare/input.txt of the repository
 karpathy/char-rnn. `--nanogpt` names a checkout of karpathy/nanoGPT, whose own model then runs beside ours with its recipe's
 settings. `--share 0.5` asks what half of nanoGPT's wall time is good for: ours then take as many steps as fit into it, at the
-library's own learning rate.
+library's own learning rate. A shared machine may be half as fast again a minute later, so how many that are comes from the
+median of ratios of pieces of both trainings that take turns (`ratio`, our step's time over theirs), and nanoGPT runs once.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ import statistics
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from psann_fast import psannLM, psannLMDataPrep, register_base
 from psann_fast.config import ModelConfig
 from psann_fast.models import LanguageModel
 from psann_fast.models.respsann import ResPSANNBlock
+from psann_fast.train import trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,6 +38,7 @@ from .conditions import RESULTS, conditions, table, write_results
 
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 WINDOW, ROWS, RATE, WARMUP = 64, 12, 1e-3, 100
+PIECE, PIECES = 20, 15  # steps that are timed together, and how often the two take turns
 SIZE = dict(n_layers=4, n_heads=4, d_model=128)
 MODELS = {
     "respsann": dict(base="respsann", d_mlp=512),
@@ -73,17 +77,18 @@ def main() -> None:
     text = read_corpus(options.data)
     register_base("gelu-twin", lambda config: LanguageModel(config, GELUBlock))
 
-    rows = []
+    rows, steps, ratios = [], dict.fromkeys(options.models, options.steps), {}
     for seed in range(options.seeds):
-        steps, rate = dict.fromkeys(options.models, options.steps), RATE
-        if options.nanogpt is not None:
+        if options.nanogpt is not None and (seed == 0 or options.share is None):
             rows.append(run_nanogpt(options.nanogpt, text, seed, options.steps))
             print(rows[-1], flush=True)
-            if options.share is not None:
-                seconds, rate = options.share * rows[-1]["seconds"], None
-                steps = {name: steps_within(seconds, name, text, seed) for name in options.models}
+        if options.share is not None and seed == 0:
+            for name in options.models:
+                theirs = NanoGPT(options.nanogpt, text, seed, options.steps)
+                steps[name], ratios[name] = steps_within(options.share * options.steps, name, theirs, text, seed)
         for name in options.models:
-            rows.append(run_ours(name, text, seed, steps[name], rate))
+            row = run_ours(name, text, seed, steps[name], RATE if options.share is None else None)
+            rows.append(row | ({"ratio": ratios[name]} if name in ratios else {}))
             print(rows[-1], flush=True)
     summary = summarise(rows)
     write_results(options.out, rows + summary)
@@ -118,15 +123,32 @@ def fit_ours(name: str, text: str, seed: int, steps: int, rate: float | None) ->
     return model, data, time.perf_counter() - began
 
 
-def steps_within(seconds: float, name: str, text: str, seed: int) -> int:
-    """How many steps of a model fit into that time, from two short runs: what they share is not a step's."""
-    few, many = WARMUP + 20, WARMUP + 120
-    first, second = (fit_ours(name, text, seed, steps, None)[2] for steps in (few, many))
-    a_step = (second - first) / (many - few)
-    steps = int((seconds - (first - few * a_step)) / a_step)
+def steps_within(their_steps: float, name: str, theirs: NanoGPT, text: str, seed: int) -> tuple[int, float]:
+    """How many steps of a model fit into the time of so many of theirs, and our step's time over theirs."""
+    ours, other, step, last = [], [], trainer._Training._step, time.perf_counter()
+
+    def timed(self: Any, data: Any) -> None:
+        nonlocal last
+        step(self, data)
+        if self.at.step % PIECE:
+            return
+        ours.append(time.perf_counter() - last)
+        began = time.perf_counter()
+        for _ in range(PIECE):
+            theirs.step()
+        last = time.perf_counter()
+        other.append(last - began)
+
+    with mock.patch.object(trainer._Training, "_step", timed):
+        seconds = fit_ours(name, text, seed, PIECE * PIECES, None)[2]
+    around = seconds - sum(ours) - sum(other)  # what fit does before and after its steps
+    ours, other = ours[1:], other[1:]  # the first call of everything is among the first piece
+    ratio = statistics.median(mine / its for mine, its in zip(ours, other))
+    steps = int((their_steps - around / (statistics.median(other) / PIECE)) / ratio)
+    print(f"{name}: a step takes {ratio:.3f} of nanoGPT's, {around:.2f} s lie around them: {steps} steps", flush=True)
     if steps <= WARMUP:
-        raise SystemExit(f"{name}: {seconds:.1f} s hold {steps} steps and {WARMUP} are warmup: raise --steps or --share")
-    return steps
+        raise SystemExit(f"{name}: that time holds {steps} steps and {WARMUP} are warmup: raise --steps or --share")
+    return steps, ratio
 
 
 def run_ours(name: str, text: str, seed: int, steps: int, rate: float | None) -> dict[str, Any]:
@@ -145,39 +167,52 @@ def run_ours(name: str, text: str, seed: int, steps: int, rate: float | None) ->
     }
 
 
+class NanoGPT:
+    """nanoGPT's own model, trained as its recipe does."""
+
+    def __init__(self, checkout: Path, text: str, seed: int, steps: int) -> None:
+        spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
+        theirs = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(theirs)
+        number = {c: i for i, c in enumerate(sorted(set(text)))}
+        ids = torch.tensor([number[c] for c in text])
+        self.train, self.validation = ids[: split(text)], ids[split(text) :]
+        torch.manual_seed(seed)
+        self.model = theirs.GPT(
+            theirs.GPTConfig(WINDOW, len(number), SIZE["n_layers"], SIZE["n_heads"], SIZE["d_model"], dropout=0.0, bias=False)
+        )
+        self.optimizer = self.model.configure_optimizers(0.1, RATE, (0.9, 0.99), "cpu")
+        self.steps, self.taken = steps, 0
+
+    def step(self) -> Tensor:
+        """The loss () before it."""
+        at = torch.randint(len(self.train) - WINDOW, (ROWS,))
+        x, y = (torch.stack([self.train[i + shift : i + shift + WINDOW] for i in at]) for shift in (0, 1))
+        cosine = 0.5 * (1 + math.cos(math.pi * (self.taken - WARMUP) / (self.steps - WARMUP)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = RATE * (self.taken + 1) / (WARMUP + 1) if self.taken < WARMUP else RATE * (0.1 + 0.9 * cosine)
+        loss = self.model(x, y)[1]
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.taken += 1
+        return loss
+
+
 def run_nanogpt(checkout: Path, text: str, seed: int, steps: int) -> dict[str, Any]:
-    spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
-    theirs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(theirs)
-    number = {c: i for i, c in enumerate(sorted(set(text)))}
-    ids = torch.tensor([number[c] for c in text])
-    train, validation = ids[: split(text)], ids[split(text) :]
-    torch.manual_seed(seed)
-    model = theirs.GPT(
-        theirs.GPTConfig(WINDOW, len(number), SIZE["n_layers"], SIZE["n_heads"], SIZE["d_model"], dropout=0.0, bias=False)
-    )
-    optimizer = model.configure_optimizers(0.1, RATE, (0.9, 0.99), "cpu")
+    training = NanoGPT(checkout, text, seed, steps)
     began = time.perf_counter()
     for step in range(steps):
-        at = torch.randint(len(train) - WINDOW, (ROWS,))
-        x, y = (torch.stack([train[i + shift : i + shift + WINDOW] for i in at]) for shift in (0, 1))
-        cosine = 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (steps - WARMUP)))
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * (step + 1) / (WARMUP + 1) if step < WARMUP else RATE * (0.1 + 0.9 * cosine)
-        loss = model(x, y)[1]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        loss = training.step()
         if step % 200 == 0:
             print(f"nanoGPT seed {seed}: step {step} loss {loss.item():.3f}", flush=True)
     seconds = time.perf_counter() - began
-    model.eval()
-    nats = judge(lambda windows: model(windows, windows)[0], validation)
-    parameters = sum(p.numel() for p in model.parameters())
+    model = training.model.eval()
     return {
-        "model": "nanoGPT", "seed": seed, "steps": steps, "lr": RATE, "nats_per_character": nats, "seconds": seconds,
-        "parameters": parameters,
+        "model": "nanoGPT", "seed": seed, "steps": steps, "lr": RATE,
+        "nats_per_character": judge(lambda windows: model(windows, windows)[0], training.validation), "seconds": seconds,
+        "parameters": sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
 
 

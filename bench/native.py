@@ -1,10 +1,11 @@
 """Native kernels on a CPU beside torch: `python -m bench.native [--threads N] [--seconds S] [--sections ...] [--json FILE]`.
 
-The calls of a row are measured in turns, one each per round, and medians of the same rounds are compared; so a noisy machine widens
-the spread and moves the ratios little. A row is checked against the reference before it is timed. Bytes are those that the
-operation must move: inputs read once, outputs written once. Beside every row that memory could bound stands a copy or a read of
-memory in the same rounds, which also empties the caches; the rows of a training step, and those "in cache",
-are measured with warm ones.
+The calls of a row are measured in turns, one each per round, and medians of the rounds' ratios are compared; so a noisy machine
+widens the spread and moves the ratios little. Whoever is measured, freed memory stays in the heap, as while `fit` trains
+(train/heap.py): otherwise the system would clear the pages of every output of some megabytes anew. A row is checked against the
+reference before it is timed. Bytes are those that the operation must move: inputs read once, outputs written once. Beside every
+row that memory could bound stands a copy or a read of memory in the same rounds, which also empties the caches; the rows of a
+training step, and those "in cache", are measured with warm ones.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
+from psann_fast.train.heap import kept_heap
 from psann_kernels import damped_sine, linear, native, paged_attention, rms_norm, wave_conv
 from psann_kernels.linear import quantize
 from psann_kernels.registry import OPS
@@ -80,11 +82,16 @@ class Bench:
                 "g_elements_per_s": elements / median[name] / 1e9, "gb_per_s": moved / median[name] / 1e9,
             }  # fmt: skip
             if memory is not None:
-                row[f"of_{memory}"] = moved / median[name] / (128 * MB / median[memory])
+                row[f"of_{memory}"] = moved / (128 * MB) * ratio(seconds[memory], seconds[name])
             if name == "native":
-                row |= {f"times_{peer}": median[peer] / median[name] for peer in calls if peer != "native"}
+                row |= {f"times_{peer}": ratio(seconds[peer], seconds[name]) for peer in calls if peer != "native"}
             self.rows.append(row)
             print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+
+
+def ratio(one: list[float], other: list[float]) -> float:
+    """Median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(one, other))
 
 
 def assert_close(what: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -194,7 +201,8 @@ def eager_rows(bench: Bench) -> None:
 
 
 def attention_rows(bench: Bench) -> None:
-    """64 MB of cache, blocks of 16 in shuffled order, one new token a sequence; SDPA gets its keys gathered and dense for free."""
+    """64 MB of cache, blocks of 16 in shuffled order, one new token a sequence. "torch" is SDPA, which gets its keys gathered and
+    dense for free; "torch, gathering" gathers them too, as who has no paged kernel must for each token."""
     for dtype in (torch.bfloat16, torch.float32):
         for batch, heads, kv_heads, head_dim in ((8, 8, 8, 64), (8, 8, 2, 64), (1, 8, 8, 128)):
             size = torch.empty(0, dtype=dtype).element_size()
@@ -204,22 +212,23 @@ def attention_rows(bench: Bench) -> None:
             block_table = torch.randperm(blocks).int().view(batch, -1)
             q = torch.randn(batch, heads, head_dim).to(dtype)
             seq_lens, bounds = torch.full((batch,), length, dtype=torch.int32), torch.arange(batch + 1, dtype=torch.int32)
-            k, v = (
-                t[block_table.long()].view(batch, length, kv_heads, head_dim).transpose(1, 2).contiguous()
-                for t in (k_cache, v_cache)
-            )
-            q4 = q.unsqueeze(2)
+            index, q4 = block_table.long(), q.unsqueeze(2)
+
+            def gathered() -> list[Tensor]:
+                return [t[index].view(batch, length, kv_heads, head_dim).transpose(1, 2) for t in (k_cache, v_cache)]
+
+            k, v = (t.contiguous() for t in gathered())
 
             def ours() -> Tensor:
                 return paged_attention(q, k_cache, v_cache, block_table, seq_lens, bounds, backend="native")
 
-            def sdpa() -> Tensor:
+            def sdpa(k: Tensor = k, v: Tensor = v) -> Tensor:
                 return F.scaled_dot_product_attention(q4, k, v, enable_gqa=heads != kv_heads)
 
             with torch.no_grad():
                 assert_close("paged_attention", ours(), sdpa().squeeze(2), 2.0**-6 if dtype == torch.bfloat16 else 1e-4)
                 shape = f"B{batch} H{heads}/{kv_heads} D{head_dim}, {length} tokens"
-                calls: dict[str, Call] = {"native": ours, "torch": sdpa}
+                calls: dict[str, Call] = {"native": ours, "torch": sdpa, "torch, gathering": lambda: sdpa(*gathered())}
                 bench.add(
                     "paged_attention", shape, dtype, "forward", calls, elements=q.numel() * length, moved=64 * MB, memory="read"
                 )
@@ -267,9 +276,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     bench = Bench(options.seconds)
-    for section in options.sections:
-        SECTIONS[section](bench)
-        write_results(options.json, bench.rows)
+    with kept_heap():
+        for section in options.sections:
+            SECTIONS[section](bench)
+            write_results(options.json, bench.rows)
     print(json.dumps({**conditions(), "instruction_set": native.NATIVE.isa(), "threading": native.NATIVE.threading()}, indent=1))
     columns = list(dict.fromkeys(key for row in bench.rows for key in row))
     print(table([{key: row.get(key, "") for key in columns} for row in bench.rows]))

@@ -174,7 +174,7 @@ class ModelConfig:
     sine_damp_bounds: tuple[float | None, float | None] | None = _option(None, _bounds, "clamp of the damping", optional=True)
     sine_mode: str = _option("abs", _one_of(*MODES), "what the damping multiplies: |z|, max(z, 0) or nothing")
     # 2, the token and the one a dilation before it: every further tap begins at random too and dilutes those, and what is farther
-    # back is attention's to find. bench.ablation's models end 0.01 to 0.02 nats per character lower than with 4.
+    # back is attention's to find. bench.ablation has the difference.
     wave_kernel: int = _option(2, _whole(1), "taps of the wave branch's causal convolution (base 'waveresnet')")
     wave_dilations: tuple[int, ...] = _option(
         (1, 2, 4),
