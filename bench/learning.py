@@ -2,15 +2,15 @@
 
     python -m bench.learning --data tinyshakespeare.txt [--nanogpt CHECKOUT] [--seeds 3]
 
-4 layers, 4 heads, d_model 128, windows of 64 characters, 12 of them a step, 2000 steps, dropout 0, learning rate 1e-3 with 100
-steps of warmup; d_mlp 512, or 448 for waveresnet, whose wave branch takes the difference; the rest are the library's
-defaults. Judged by nats per character over the whole validation part (the last tenth) in windows of 64.
+4 layers, 4 heads, d_model 128, windows of 64 characters, 12 of them a step, 2000 steps, dropout 0, 100 steps of warmup; d_mlp 512,
+or 448 for waveresnet, whose wave branch takes the difference; the rest are the library's defaults, and nanoGPT's are
+its recipe's. Judged by nats per character over the whole validation part (the last tenth) in windows of 64.
 
 The text is the corpus of char-rnn and nanoGPT, 1,115,394 bytes: data/tinyshakespeare/input.txt of the repository
 karpathy/char-rnn. `--nanogpt` names a checkout of karpathy/nanoGPT, whose own model then runs beside ours with its recipe's
-settings. `--share 0.5` asks what half of nanoGPT's wall time is good for: ours then take as many steps as fit into it, at the
-library's own learning rate. A shared machine may be half as fast again a minute later, so how many that are comes from the
-median of ratios of pieces of both trainings that take turns (`ratio`, our step's time over theirs), and nanoGPT runs once.
+settings. `--share 0.5` asks what half of nanoGPT's wall time is good for: ours then take as many steps as fit into it. A
+shared machine may be half as fast again a minute later, so how many that are comes from the median of ratios of pieces of both
+trainings that take turns (`ratio`, our step's time over theirs), and nanoGPT runs once.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def main() -> None:
                 theirs = NanoGPT(options.nanogpt, text, seed, options.steps)
                 steps[name], ratios[name] = steps_within(options.share * options.steps, name, theirs, text, seed)
         for name in options.models:
-            row = run_ours(name, text, seed, steps[name], RATE if options.share is None else None)
+            row = run_ours(name, text, seed, steps[name])
             rows.append(row | ({"ratio": ratios[name]} if name in ratios else {}))
             print(rows[-1], flush=True)
     summary = summarise(rows)
@@ -110,16 +110,15 @@ def split(text: str) -> int:
     return int(0.9 * len(text))
 
 
-def fit_ours(name: str, text: str, seed: int, steps: int, rate: float | None) -> tuple[psannLM, psannLMDataPrep, float]:
-    """Returns the model, its data and the seconds that `fit` took; a `rate` of None is the library's own."""
+def fit_ours(name: str, text: str, seed: int, steps: int) -> tuple[psannLM, psannLMDataPrep, float]:
+    """Returns the model, its data and the seconds that `fit` took."""
     data = psannLMDataPrep([text[: split(text)]], tokenizer="simple", max_length=WINDOW, seed=seed)
     model = psannLM(**SIZE, **MODELS[name])
     examples_a_epoch = len(data) // ROWS
     began = time.perf_counter()
     model.fit(
-        data, epochs=1 + steps // examples_a_epoch, max_steps=steps, batch_tokens=WINDOW * ROWS, lr=rate, warmup_steps=WARMUP,
-        seed=seed,
-    )  # fmt: skip
+        data, epochs=1 + steps // examples_a_epoch, max_steps=steps, batch_tokens=WINDOW * ROWS, warmup_steps=WARMUP, seed=seed
+    )
     return model, data, time.perf_counter() - began
 
 
@@ -140,7 +139,7 @@ def steps_within(their_steps: float, name: str, theirs: NanoGPT, text: str, seed
         other.append(last - began)
 
     with mock.patch.object(trainer._Training, "_step", timed):
-        seconds = fit_ours(name, text, seed, PIECE * PIECES, None)[2]
+        seconds = fit_ours(name, text, seed, PIECE * PIECES)[2]
     around = seconds - sum(ours) - sum(other)  # what fit does before and after its steps
     ours, other = ours[1:], other[1:]  # the first call of everything is among the first piece
     ratio = statistics.median(mine / its for mine, its in zip(ours, other))
@@ -151,15 +150,14 @@ def steps_within(their_steps: float, name: str, theirs: NanoGPT, text: str, seed
     return steps, ratio
 
 
-def run_ours(name: str, text: str, seed: int, steps: int, rate: float | None) -> dict[str, Any]:
-    model, data, seconds = fit_ours(name, text, seed, steps, rate)
+def run_ours(name: str, text: str, seed: int, steps: int) -> dict[str, Any]:
+    model, data, seconds = fit_ours(name, text, seed, steps)
     characters = len(data.used_ids) - 1  # the separator is not one
     unused = data.vocab_size - characters
     return {
         "model": name,
         "seed": seed,
         "steps": steps,
-        "lr": rate or "default",
         "nats_per_character": judge(model.module, torch.tensor(data.tokenizer.encode(text[split(text) :]))),
         "seconds": seconds,
         # Embedding and head rows of ids that no training character uses (bytes, separator, padding) are left out.
@@ -210,7 +208,7 @@ def run_nanogpt(checkout: Path, text: str, seed: int, steps: int) -> dict[str, A
     seconds = time.perf_counter() - began
     model = training.model.eval()
     return {
-        "model": "nanoGPT", "seed": seed, "steps": steps, "lr": RATE,
+        "model": "nanoGPT", "seed": seed, "steps": steps,
         "nats_per_character": judge(lambda windows: model(windows, windows)[0], training.validation), "seconds": seconds,
         "parameters": sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
@@ -237,7 +235,6 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "model": name,
             "seeds": len(mine),
             "steps (median)": statistics.median(row["steps"] for row in mine),
-            "lr": mine[0]["lr"],
             "mean": statistics.mean(losses),
             "worst": max(losses),
             "seconds (median)": statistics.median(row["seconds"] for row in mine),
