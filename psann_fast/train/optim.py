@@ -47,8 +47,8 @@ def default_rate(d_model: int) -> float:
 
 
 def default_optimizer(amp: str) -> str:
-    """The optimizer where none is given: Muon, from which every model of bench.ablation learns more in as many steps; with float16's
-    loss scaling, which takes one optimizer, AdamW."""
+    """The optimizer where none is given: Muon, from which every model of bench.ablation learns more in as many steps; beside
+    float16's loss scaling, which takes one optimizer, AdamW."""
     return "adamw" if amp == "fp16" else "muon"
 
 

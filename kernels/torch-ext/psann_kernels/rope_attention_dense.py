@@ -1,9 +1,9 @@
 """Attention of short windows on a CPU as matrix products of whole windows; part of rope_attention's reference, read that first.
 
-torch's attention for CPUs multiplies small blocks in float32, one (sequence, head) after another. Where the scores of some rows of
-a batch fit into the caches, batched products of all of them are faster, above all on CPUs that multiply bfloat16: rotation, forward
-and backward of (12, 64, 4, 32) in bfloat16 1.3 times, of (8, 256, 8, 64) 1.6 times, of (4, 512, 8, 64) 1.9 times, of (12, 64, 4, 32)
-in float32 1.25 times, of (8, 128, 8, 64) as fast (torch 2.13, two threads of a Zen 4).
+torch's attention for CPUs multiplies small blocks in float32, one (sequence, head) after another. Where the scores of some rows
+of a batch fit into the caches, batched products of all of them are faster, above all on CPUs that multiply bfloat16: rotation,
+forward and backward of (12, 64, 4, 32) in bfloat16 1.3 times, of (8, 256, 8, 64) 1.6 times, of (4, 512, 8, 64) 1.9 times, of
+(12, 64, 4, 32) in float32 1.25 times, of (8, 128, 8, 64) as fast (torch 2.13, two threads of a Zen 4).
 
 Scores, softmax and its sums are float32 as there; probabilities are rounded to the inputs' dtype before they meet the values, as in
 attention kernels for GPUs. Kept for backward: those and the turned inputs, so memory grows with H * Tk * 2 bytes a token.
@@ -58,7 +58,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, turns: tuple[Tensor, Tensor] | None,
 
 @functools.lru_cache(maxsize=16)
 def causal_bias(queries: int, keys: int) -> Tensor:
-    """(1, 1, queries, keys) float32: 0 where key <= query, the queries being the newest; shared by all calls, so not to be changed."""
+    """(1, 1, queries, keys) float32: 0 where key <= query, the queries being the newest. All calls share it, so nobody may write."""
     with torch.inference_mode(False):
         position = torch.arange(keys)
         is_later = position > position[keys - queries :].unsqueeze(1)
@@ -71,8 +71,8 @@ def _multiplies_bf16() -> bool:
 
 
 class _Attend(torch.autograd.Function):
-    # Inside, tensors are (B, Hkv, tokens, D), the queries' (B, Hkv, H / Hkv, Tq, D): the query heads of one key head are rows of one
-    # product. What comes and goes, (B, T, H, D), is read and written through views of that form. The scale of the scores is on q.
+    # Inside, tensors are (B, Hkv, tokens, D), the queries' (B, Hkv, H / Hkv, Tq, D): the query heads of one key head are rows of
+    # one product. What comes and goes, (B, T, H, D), is read and written through views of that form. q bears the scores' scale.
 
     @staticmethod
     def forward(
