@@ -58,7 +58,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, turns: tuple[Tensor, Tensor] | None,
 
 @functools.lru_cache(maxsize=16)
 def causal_bias(queries: int, keys: int) -> Tensor:
-    """(1, 1, queries, keys) float32: 0 where key <= query, the queries being the newest. All calls share it, so nobody may write."""
+    """(1, 1, queries, keys) float32: 0 where key <= query, the queries being the newest. Shared by all calls: nobody may write."""
     with torch.inference_mode(False):
         position = torch.arange(keys)
         is_later = position > position[keys - queries :].unsqueeze(1)
