@@ -156,7 +156,7 @@ def train_rows(bench: Bench, base: str, name: str, size: Size) -> list[suite.Row
 def graphed_step_of(model: nn.Module, batch: Tensor, device: torch.device) -> Callable[[], None]:
     """As step_of, forward and backward as a CUDA graph."""
     loss_module = LossModule(model)
-    optimizers = build_optimizers(model, TrainConfig(lr=1e-4))
+    optimizers = build_optimizers(model, TrainConfig(lr=1e-4, optimizer="adamw"))
     inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
     def micro_batch(ids: Tensor, targets: Tensor, starts: Tensor | None, count: int | Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def step_of(model: nn.Module, batch: Tensor, device: torch.device, is_compiled: 
     loss_module = LossModule(model)
     if is_compiled:
         loss_module.compile(dynamic=False)
-    optimizers = build_optimizers(model, TrainConfig(lr=1e-4))
+    optimizers = build_optimizers(model, TrainConfig(lr=1e-4, optimizer="adamw"))
     inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
     def step() -> None:

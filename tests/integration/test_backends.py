@@ -42,8 +42,9 @@ def losses(base: str, backend: str, device: str) -> tuple[list[float], dict[str,
     module = build_model(config).to(device)
     # A rate at which a step moves the weights by little of their size: at 2e-2 any rounding grows tenfold every few steps.
     settings = TrainConfig(
-        max_steps=STEPS, epochs=99, batch_tokens=32, lr=3e-3, warmup_steps=0, amp="fp32", log_interval_steps=1, progress=False
-    )
+        max_steps=STEPS, epochs=99, batch_tokens=32, lr=3e-3, optimizer="adamw", warmup_steps=0, amp="fp32", log_interval_steps=1,
+        progress=False,
+    )  # fmt: skip
     history = train(module, example_rows(), settings)
     assert [row["step"] for row in history] == list(range(1, STEPS + 1))
     return [row["loss"] for row in history], {row["op"]: row["backend"] for row in explain(module)}

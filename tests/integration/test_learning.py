@@ -27,7 +27,8 @@ def loss_on_fresh_tokens(base: str) -> float:
     """Nats per token after training on 20,000 random tokens, on 20,000 others, the separators not counted."""
     torch.manual_seed(0)
     module = build_model(ModelConfig(base=base, d_model=32, n_layers=2, n_heads=2, d_mlp=48, vocab_size=2 + SYMBOLS))
-    train(module, random_tokens(0, 500), TrainConfig(epochs=5, batch_tokens=1024, lr=3e-3, amp="fp32", progress=False))
+    settings = TrainConfig(epochs=5, batch_tokens=1024, lr=3e-3, optimizer="adamw", amp="fp32", progress=False)
+    train(module, random_tokens(0, 500), settings)
     return evaluate(module, random_tokens(1, 500), 32, count_separators=False)
 
 
