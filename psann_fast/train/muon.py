@@ -7,9 +7,9 @@ import math
 from typing import Iterable
 
 import torch
+from psann_kernels.library import cpu_has_bf16
 from torch import Tensor, nn
 
-from .precision import cpu_has_bf16
 from .snapshot import sharded_as, whole
 
 MOMENTUM = 0.95

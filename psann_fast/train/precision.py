@@ -7,6 +7,7 @@ import os
 from typing import ContextManager
 
 import torch
+from psann_kernels.library import cpu_has_bf16
 
 
 def resolve_device(name: str) -> torch.device:
@@ -29,11 +30,6 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
-
-
-def cpu_has_bf16() -> bool:
-    """True if this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX); elsewhere bf16 is slower than float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:

@@ -181,6 +181,19 @@ def test_three_witnesses_of_short_windows_in_pieces(dtype, monkeypatch):
     judge("torch", cases)
 
 
+def test_short_windows_are_theirs_whatever_the_default_dtype_and_device():
+    case = Case(9, 16, heads=(2, 1))
+    expected = run(case.call("torch"), case.q, case.k, case.v, case.do)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        got = run(case.call("torch"), case.q, case.k, case.v, case.do)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert all(torch.equal(g, e) and g.dtype == e.dtype for g, e in zip(got, expected))
+
+
 def test_short_windows_have_no_second_derivative():
     case = Case(9, 16)
     leaves = [t.requires_grad_() for t in (case.q, case.k, case.v)]
@@ -528,7 +541,10 @@ def test_triton_never_reads_past_the_tables():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_graph_break(backend):
     serving(backend)
-    for case in (Case(9, 16, heads=(2, 1)), Case(9, 16, heads=(2, 1), documents=[4, 0, 5], window=3, alibi=True)):
+    cases = [Case(9, 16, heads=(2, 1)), Case(9, 16, heads=(2, 1), documents=[4, 0, 5], window=3, alibi=True)]
+    if backend == "torch":
+        cases.append(Case(9, 16, heads=(2, 1), dtype=torch.bfloat16))
+    for case in cases:
         tensors = (case.q, case.k, case.v, case.do)
         compiled = torch.compile(case.call(backend), fullgraph=True, backend="aot_eager")
         for c, e in zip(run(compiled, *tensors), run(case.call(backend), *tensors)):

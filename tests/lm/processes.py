@@ -107,9 +107,11 @@ def train_some(folder: Path, base: str, packed: bool, options: dict[str, Any]) -
 
     module = tiny(rank(), base=base).double()  # the processes start with different weights and must end with equal ones
     settings = TrainConfig(
-        **{"log_interval_steps": 1, "progress": False, "amp": "fp32", "eval_interval_steps": 3, "lr": 1e-3, "optimizer": "muon"},
-        **options,
-    )
+        **{
+            "log_interval_steps": 1, "progress": False, "amp": "fp32", "eval_interval_steps": 3, "lr": 1e-3, "optimizer": "muon",
+            **options,
+        }
+    )  # fmt: skip
     leave(folder, module, train(module, examples(37, packed=packed), settings, val_examples=examples(9)))
 
 

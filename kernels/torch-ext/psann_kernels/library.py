@@ -15,6 +15,8 @@ from torch import Tensor
 
 NAMESPACE = (__package__ or "psann_kernels").replace(".", "_")
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+# Asked once, since torch.compile cannot trace the question.
+_CPU_HAS_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def define(
@@ -58,6 +60,11 @@ def cast_dtype(t: Tensor) -> torch.dtype:
     device = t.device.type
     is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and t.dtype != torch.float64
     return torch.get_autocast_dtype(device) if is_cast else t.dtype
+
+
+def cpu_has_bf16() -> bool:
+    """True if this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX); elsewhere bf16 is slower than float32."""
+    return _CPU_HAS_BF16
 
 
 def without_autocast(device: torch.device) -> ContextManager[None]:

@@ -122,11 +122,8 @@ def reference(
             q = rotate(q, cos, sin, positions=of_q, interleaved=interleaved)
             k = rotate(k, cos, sin, positions=of_k, interleaved=interleaved)
 
-    if cu_seqlens is None and window is None and alibi_slopes is None:
-        if is_dense:
-            return dense.attend(q, k, v, turns, dense.causal_bias(queries, keys), softmax_scale)
-        if queries == keys:
-            return _attend(q, k, v, is_causal=True, scale=softmax_scale).to(dtype)
+    if not is_dense and queries == keys and cu_seqlens is None and window is None and alibi_slopes is None:
+        return _attend(q, k, v, is_causal=True, scale=softmax_scale).to(dtype)
 
     if window is not None:
         first = torch.maximum(first, query - window + 1)
@@ -135,7 +132,8 @@ def reference(
         return _attend(q, k, v, attn_mask=seen, scale=softmax_scale).to(dtype)
 
     # A bias of some hundreds has no room for fractions in bfloat16, so scores with one are computed wide.
-    bias = torch.zeros(()) if alibi_slopes is None else alibi_slopes.view(heads, 1, 1) * (key - query.unsqueeze(1))
+    is_level = alibi_slopes is None
+    bias = key.new_zeros((), dtype=torch.float32) if is_level else alibi_slopes.view(heads, 1, 1) * (key - query.unsqueeze(1))
     bias = bias.masked_fill(~seen, float("-inf"))
     if is_dense:
         return dense.attend(q, k, v, turns, bias, softmax_scale)

@@ -1,9 +1,7 @@
 """Attention of short windows on a CPU as matrix products of whole windows; part of rope_attention's reference, read that first.
 
 torch's attention for CPUs multiplies small blocks in float32, one (sequence, head) after another. Where the scores of some rows
-of a batch fit into the caches, batched products of all of them are faster, above all on CPUs that multiply bfloat16: rotation,
-forward and backward of (12, 64, 4, 32) in bfloat16 1.3 times, of (8, 256, 8, 64) 1.6 times, of (4, 512, 8, 64) 1.9 times, of
-(12, 64, 4, 32) in float32 1.25 times, of (8, 128, 8, 64) as fast (torch 2.13, two threads of a Zen 4).
+of a batch fit into the caches, batched products of all of them are faster, above all on CPUs that multiply bfloat16.
 
 Scores, softmax and its sums are float32 as there; probabilities are rounded to the inputs' dtype before they meet the values, as in
 attention kernels for GPUs. Kept for backward: those and the turned inputs, so memory grows with H * Tk * 2 bytes a token.
@@ -11,7 +9,6 @@ attention kernels for GPUs. Kept for backward: those and the turned inputs, so m
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Iterator
 
 import torch
@@ -19,7 +16,7 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 
-from .library import without_autocast
+from .library import cpu_has_bf16, without_autocast
 
 # Keys up to which this is faster, with products in float32 and in bfloat16 where the CPU multiplies that.
 MOST_KEYS = {torch.float32: 128, torch.bfloat16: 512}
@@ -29,7 +26,7 @@ SCORES_AT_ONCE = 1 << 20  # 4 MB of float32
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the products with probabilities for inputs of `dtype`: half precision is widened where the CPU has none."""
-    return dtype if dtype == torch.bfloat16 and _multiplies_bf16() else torch.promote_types(dtype, torch.float32)
+    return dtype if dtype == torch.bfloat16 and cpu_has_bf16() else torch.promote_types(dtype, torch.float32)
 
 
 def serves(q: Tensor, k: Tensor) -> bool:
@@ -56,20 +53,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, turns: tuple[Tensor, Tensor] | None,
     return _Attend.apply(q, k, v, *(turns or (None, None)), bias, scale)
 
 
-@functools.lru_cache(maxsize=16)
-def causal_bias(queries: int, keys: int) -> Tensor:
-    """(1, 1, queries, keys) float32: 0 where key <= query, the queries being the newest. Shared by all calls: nobody may write."""
-    with torch.inference_mode(False):
-        position = torch.arange(keys)
-        is_later = position > position[keys - queries :].unsqueeze(1)
-        return torch.zeros(queries, keys).masked_fill(is_later, float("-inf"))[None, None]
-
-
-@functools.cache
-def _multiplies_bf16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 class _Attend(torch.autograd.Function):
     # Inside, tensors are (B, Hkv, tokens, D), the queries' (B, Hkv, H / Hkv, Tq, D): the query heads of one key head are rows of
     # one product. What comes and goes, (B, T, H, D), is read and written through views of that form. q bears the scores' scale.
@@ -80,7 +63,7 @@ class _Attend(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         narrow, kept = product_dtype(v.dtype), []
         kv_heads = k.shape[2]
-        o = torch.empty(q.shape, dtype=v.dtype)
+        o = torch.empty(q.shape, dtype=v.dtype, device=q.device)
         with without_autocast(q.device):
             queries = _turn(_copy(_by_key_head(q, kv_heads), torch.float32), turn_q, scale)
             keys = _turn(_copy(k.transpose(1, 2), torch.float32), turn_k, 1.0)
@@ -106,7 +89,7 @@ class _Attend(torch.autograd.Function):
         (q_shape, k_shape), narrow = ctx.shapes, values.dtype
         with without_autocast(do.device):
             douts = _copy(_by_key_head(do, k_shape[2]), narrow)
-            dqueries, dkeys, dvalues = (torch.empty(t.shape) for t in (queries, keys, values))
+            dqueries, dkeys, dvalues = (torch.empty_like(t, dtype=torch.float32) for t in (queries, keys, values))
             for (rows, block, seen), p in zip(_pieces(q_shape, k_shape), kept):
                 dout, query = _rows(douts[rows, :, :, block]), _rows(queries[rows, :, :, block])
                 dp = torch.bmm(dout, values[rows, :, seen].flatten(0, 1).mT)
@@ -117,7 +100,8 @@ class _Attend(torch.autograd.Function):
                 add = Tensor.copy_ if block.stop == q_shape[1] else Tensor.add_
                 add(dkey, torch.bmm(dscores.mT, query).view(dkey.shape))
                 add(dvalue, torch.bmm(p.mT, dout).view(dvalue.shape))
-            dq, dk, dv = (torch.empty(shape, dtype=dtype) for shape, dtype in zip((q_shape, k_shape, k_shape), ctx.dtypes))
+            shapes = zip((q_shape, k_shape, k_shape), ctx.dtypes)
+            dq, dk, dv = (torch.empty(shape, dtype=dtype, device=do.device) for shape, dtype in shapes)
             back_q, back_k = (None if turn is None else turn.conj_physical() for turn in (turn_q, turn_k))
             _by_key_head(dq, k_shape[2]).copy_(_turn(dqueries, back_q, ctx.scale))
             dk.transpose(1, 2).copy_(_turn(dkeys, back_k, 1.0))
@@ -146,7 +130,7 @@ def _rows(t: Tensor) -> Tensor:
 
 def _copy(t: Tensor, dtype: torch.dtype) -> Tensor:
     """A dense copy, in one pass whatever changes."""
-    return torch.empty(t.shape, dtype=dtype).copy_(t)
+    return torch.empty(t.shape, dtype=dtype, device=t.device).copy_(t)
 
 
 def _turn(t: Tensor, turn: Tensor | None, scale: float) -> Tensor:
