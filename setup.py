@@ -51,6 +51,9 @@ INSTRUCTION_SETS = {
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
     ],
 }
+INSTRUCTION_SETS["avx512_bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
+# The files that make use of a set; without a name here, all do. What is left out is served by avx512's, see dispatch.cpp.
+FILES = {"avx512_bf16": ("paged_attention",)}
 
 
 CUDA_COMPILE = "-std=c++17 -O3 -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall".split()
@@ -90,12 +93,16 @@ def find_pybind11():
     return pybind11.get_include()
 
 
-def instruction_sets():
-    return ["portable", "avx2", "avx512"] if platform.machine().lower() in ("x86_64", "amd64") else ["portable"]
+def instruction_sets(compiler):
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ["portable"]
+    # GCC before 10 and Clang before 9 know nothing of bf16.
+    asked = subprocess.run([*compiler, "-mavx512bf16", "-E", "-x", "c++", os.devnull], capture_output=True)
+    return ["portable", "avx2", "avx512", *(["avx512_bf16"] if asked.returncode == 0 else [])]
 
 
 def ninja_file(folder, compiler, target, source_hash):
-    """The build's rules: every csrc/cpu/*.cpp once per instruction set, the rest once."""
+    """The build's rules: every csrc/cpu/*.cpp once per instruction set that it makes use of, the rest once."""
 
     def quote(words):
         return " ".join(shlex.quote(str(w)) for w in words).replace("$", "$$")
@@ -103,7 +110,7 @@ def ninja_file(folder, compiler, target, source_hash):
     def path(p):
         return str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    isas = instruction_sets()
+    isas = instruction_sets(compiler)
     flags = [*COMPILE, f"-ffile-prefix-map={ROOT}=.", f"-I{CSRC}"]
     has = [f"-DPSANN_HAS_{isa.upper()}" for isa in isas if isa != "portable"]
     python = [f"-I{find_pybind11()}", f"-I{sysconfig.get_paths()['include']}", f'-DPSANN_SOURCE_HASH="{source_hash}"']
@@ -119,7 +126,7 @@ def ninja_file(folder, compiler, target, source_hash):
         objects.append(f"{name}.o")
 
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
-        for isa in isas:
+        for isa in (isa for isa in isas if source.stem in FILES.get(isa, (source.stem,))):
             compile_edge(source, f"{source.stem}.{isa}", [*INSTRUCTION_SETS[isa], f"-DPSANN_NAMESPACE={isa}"])
     for name in ("threads", "memory", "checks"):
         compile_edge(CSRC / f"{name}.cpp", name, ["-O2"])
@@ -206,7 +213,7 @@ def build_native(folder, target, source_hash):
         "compiler": "".join(version),
         "seconds": round(time.monotonic() - started, 1),
         "bytes": target.stat().st_size,
-        "instruction_sets": instruction_sets(),
+        "instruction_sets": instruction_sets(compiler),
     }
 
 

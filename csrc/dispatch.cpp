@@ -1,4 +1,4 @@
-// Chooses among the instruction sets that were compiled in. PSANN_HAS_AVX2 and PSANN_HAS_AVX512 come from setup.py.
+// Chooses among the instruction sets that were compiled in. PSANN_HAS_AVX2 and its like come from setup.py.
 #include <string.h>
 
 #include <string>
@@ -18,6 +18,17 @@ PSANN_TABLE(avx2, 8)
 #if defined(PSANN_HAS_AVX512)
 PSANN_TABLE(avx512, 16)
 #endif
+#if defined(PSANN_HAS_AVX512_BF16)
+namespace avx512_bf16 {
+PSANN_DECLARE(paged_attention, PagedAttention)
+static const Kernels TABLE = [] {
+    Kernels table = avx512::TABLE;
+    table.isa = "avx512_bf16";
+    table.paged_attention = paged_attention;
+    return table;
+}();
+}
+#endif
 
 namespace {
 
@@ -26,13 +37,20 @@ struct Variant {
     bool (*runs_here)();
 };
 
+#if defined(PSANN_HAS_AVX512)
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+}
+#endif
+
 // Widest first. The compiler's cpuid look-up also asks whether the operating system saves the wide registers.
 const Variant VARIANTS[] = {
+#if defined(PSANN_HAS_AVX512_BF16)
+    {&avx512_bf16::TABLE, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+#endif
 #if defined(PSANN_HAS_AVX512)
-    {&avx512::TABLE, [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
-     }},
+    {&avx512::TABLE, has_avx512},
 #endif
 #if defined(PSANN_HAS_AVX2)
     // Every processor with AVX2 and FMA converts halves too; gcc before 11 cannot ask for F16C by name.

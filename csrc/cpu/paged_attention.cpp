@@ -34,6 +34,13 @@ static int64_t split_begin(int64_t split) {
     return split < FINE / SPLIT ? split * SPLIT : (split - FINE / SPLIT) * LONG_SPLIT + FINE;
 }
 
+// Where bf16 is multiplied as it is stored, and denormals count as 0: rotated queries are rounded to it, as an operation of its own
+// would leave them, and so are the probabilities; the rounded ones are added up, so that the weights' sum stays 1. The scores are
+// scaled after the product, so that a query that is not rotated is taken as it is.
+template <class T> constexpr bool BY_PAIRS = false;
+template <> constexpr bool BY_PAIRS<bf16> = MULTIPLIES_PAIRS;
+static_assert(!MULTIPLIES_PAIRS || TILE_KEYS == WIDTH, "a row's scores are one vector");
+
 // One sequence's share of the pieces.
 struct Sequence {
     int64_t first_row, tokens, length;
@@ -59,24 +66,31 @@ struct Rows {
     float *slope;                                 // (count): taken off per token of distance
     int64_t *from, *to;                           // (count): keys that the row sees
     int64_t *first, *last;                        // (count): those in the tile at hand, counted from its begin
+
+    // BY_PAIRS: scores are (TILE_KEYS) for each row, before they are multiplied with `scale`, and the probabilities that replace
+    // them bf16, (TILE_KEYS); o is laid out as `zip` gives values; q is bf16, (2 * stride) for each row alone in the order of
+    // memory, and for each of several (stride / (2 * WIDTH), 4, WIDTH pairs), of which [i][j] holds in each four lanes the j-th of
+    // the pairs that stand in these lanes of vector i.
+    float scale;
 };
 
 constexpr int64_t LINE = 64;  // bytes of a line of a cache; a vector that lies across two takes twice the time to load
 int64_t floats_for_rows(int64_t count, int64_t stride) {
-    return count * (2 * stride + TILE_KEYS + 2 * WIDTH + 1 + 8) + LINE / static_cast<int64_t>(sizeof(float));
+    return count * (3 * stride + TILE_KEYS + 2 * WIDTH + 1 + 8) + LINE / static_cast<int64_t>(sizeof(float));
 }
 
 // Rows whose scores stand side by side, of those that are left of a head.
 static int64_t together(int64_t left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
 
-Rows rows_in(float* memory, int64_t heads, int64_t per_head, int64_t first_head, int64_t stride) {
+Rows rows_in(float* memory, int64_t heads, int64_t per_head, int64_t first_head, int64_t stride, float scale) {
     Rows r = {};
+    r.scale = scale;
     r.count = heads * per_head;
     r.per_head = per_head;
     r.first_head = first_head;
     r.stride = stride;
     r.q = memory + (-reinterpret_cast<uintptr_t>(memory) % LINE) / sizeof(float);
-    r.o = r.q + r.count * stride;
+    r.o = r.q + r.count * 2 * stride;
     r.scores = r.o + r.count * stride;
     r.largest = r.scores + r.count * TILE_KEYS;
     r.sum = r.largest + r.count * WIDTH;
@@ -88,15 +102,39 @@ Rows rows_in(float* memory, int64_t heads, int64_t per_head, int64_t first_head,
     return r;
 }
 
+// Row r's query to where the products will look for it.
+template <class T> void place_query(const Rows& rows, int64_t r, const float* query, int64_t head_dim, const T* type) {
+    if constexpr (BY_PAIRS<T>) {
+        constexpr int64_t STEP = 2 * WIDTH;
+        T* to = reinterpret_cast<T*>(rows.q + r * 2 * rows.stride);
+        int64_t within = r % rows.per_head;
+        bool is_alone = within == rows.per_head - 1 && rows.per_head % 2 == 1;
+        for (int64_t d = 0; d < rows.stride; d += STEP) {
+            float lanes[STEP] = {};
+            for (int64_t i = 0; i < smaller(STEP, head_dim - d); i++) lanes[i] = query[d + i];
+            Uint pairs = rounded_pair(load(lanes), load(lanes + WIDTH));
+            if (is_alone) store_bits(to + d, pairs);
+            else UNROLL for (int j = 0; j < 4; j++) {
+                Uint same;
+                for (int i = 0; i < WIDTH; i++) same[i] = pairs[i / 4 * 4 + j];
+                store_bits(to + 4 * d + j * STEP, same);
+            }
+        }
+    } else {
+        float* to = rows.q + r * rows.stride;
+        for (int64_t d = 0; d < rows.stride; d++) to[place(d, type)] = d < head_dim ? query[d] : 0.0f;
+    }
+}
+
 template <class T> void fill_rows(const PagedAttention& a, const Sequence& s, int64_t first_token, const Rows& rows) {
     int64_t group = a.heads / a.kv_heads;
     for (int64_t r = 0; r < rows.count; r++) {
         int64_t within = r % rows.per_head, token = first_token + within / group, position = s.length - s.tokens + token;
         int64_t head = (rows.first_head + r / rows.per_head) * group + within % group;
         const T* q = static_cast<const T*>(a.q) + (s.first_row + token) * a.q_stride + head * a.q_head_stride;
-        float *turned = rows.o + r * rows.stride, *to = rows.q + r * rows.stride;
-        rotate(a.rotary, position, a.head_dim, q, turned, a.softmax_scale * LOG2_E);
-        for (int64_t d = 0; d < rows.stride; d++) to[place(d, q)] = d < a.head_dim ? turned[d] : 0.0f;
+        float* turned = rows.o + r * rows.stride;
+        rotate(a.rotary, position, a.head_dim, q, turned, BY_PAIRS<T> ? 1.0f : a.softmax_scale * LOG2_E);
+        place_query(rows, r, turned, a.head_dim, q);
         for (int64_t d = 0; d < rows.stride; d++) turned[d] = 0.0f;
         // Not -infinity, so that a key that the row does not see has the probability 2^(-infinity - largest) = 0. A row of nothing
         // but scores of -infinity ends as the definition's softmax does: 0 / 0 = NaN.
@@ -245,7 +283,92 @@ INLINE void score_rows(const PagedAttention& a, const Rows& rows, int64_t row, c
     }
 }
 
+// Scores of one row with ALONE keys. It takes fewer instructions than what serves several rows. Inlined into what calls them,
+// these two would be short of registers.
+constexpr int ALONE = 8;
+__attribute__((noinline)) void score_alone(const bf16* q, const bf16* const* keys, int64_t offset, int64_t head_dim,
+                                           const char* soon, float* out) {
+    Float sums[ALONE] = {};
+    auto add = [&](int64_t d, int64_t count) INLINE_LAMBDA {
+        Uint own = load_bits(q + d);
+        EACH(ALONE) {
+            const bf16* k = keys[i] + offset + d;
+            sums[i] = add_products(sums[i], own, count == 2 * WIDTH ? load_bits(k) : load_bits(k, count));
+        }
+    };
+    int64_t d = 0;
+    for (; d + 2 * WIDTH <= head_dim; d += 2 * WIDTH) {
+        fetch_each<ALONE * 2 * WIDTH * sizeof(bf16)>(soon);
+        add(d, 2 * WIDTH);
+    }
+    if (d < head_dim) add(d, head_dim - d);
+    sum_each(sums, out);
+}
+
+// The same of R rows, (R, TILE_KEYS). Four keys' pairs change places until four lanes of a vector hold one pair of each key: this
+// is done once for all rows, and a row's sums are then complete but for the lanes a multiple of four away.
+template <int R>
+__attribute__((noinline)) void score_several(const bf16* q, int64_t stride, const bf16* const* keys, int64_t offset,
+                                             int64_t head_dim, const char* soon, float* out) {
+    constexpr int64_t STEP = 2 * WIDTH;
+    Float half[2][R];
+    UNROLL for (int h = 0; h < 2; h++) {
+        const bf16* const* k = keys + 8 * h;
+        Float sums[2][R] = {};
+        auto add = [&](int64_t d, int64_t count) INLINE_LAMBDA {
+            Uint x[2][4];
+            UNROLL for (int i = 0; i < 8; i++)
+                x[i / 4][i % 4] = count == STEP ? load_bits(k[i] + offset + d) : load_bits(k[i] + offset + d, count);
+            EACH(2) transpose_fours(x[i]);
+            UNROLL for (int j = 0; j < 4; j++)
+                UNROLL for (int r = 0; r < R; r++) {
+                    Uint own = load_bits(q + r * 4 * stride + 4 * d + j * STEP);
+                    EACH(2) sums[i][r] = add_products(sums[i][r], x[i][j], own);
+                }
+        };
+        int64_t d = 0;
+        for (; d + STEP <= head_dim; d += STEP) {
+            fetch_each<8 * STEP * sizeof(bf16)>(soon);
+            add(d, STEP);
+        }
+        if (d < head_dim) add(d, head_dim - d);
+        UNROLL for (int r = 0; r < R; r++) half[h][r] = add_halves(sums[0][r], sums[1][r]);
+    }
+    UNROLL for (int r = 0; r < R; r++) store(out + r * TILE_KEYS, add_quarters(half[0][r], half[1][r]));
+}
+
+INLINE void score_pairs(const PagedAttention& a, const Rows& rows, const Tile<bf16>& tile, Ahead<bf16>& ahead) {
+    int64_t keys = tile.end - tile.begin, heads = rows.count / rows.per_head;
+    const bf16* places[TILE_KEYS];
+    for (int64_t i = 0; i < TILE_KEYS; i++) places[i] = tile.k[i < keys ? i : keys - 1];
+    if (rows.per_head == 1) {
+        for (int64_t key = 0; key < keys; key += ALONE)
+            for (int64_t h = 0; h < heads; h++) {
+                float* scores = rows.scores + h * TILE_KEYS + key;
+                const char* soon = ahead.take(ALONE * a.head_dim * static_cast<int64_t>(sizeof(bf16)), scores);
+                const bf16* q = reinterpret_cast<const bf16*>(rows.q + h * 2 * rows.stride);
+                score_alone(q, places + key, h * a.k_cache.head_stride, a.head_dim, soon, scores);
+            }
+        return;
+    }
+    for (int64_t h = 0; h < heads; h++) {
+        int64_t offset = h * a.k_cache.head_stride, end = (h + 1) * rows.per_head;
+        for (int64_t r = h * rows.per_head; r < end; r += together(end - r)) {
+            int64_t side = together(end - r);
+            float* scores = rows.scores + r * TILE_KEYS;
+            const bf16* q = reinterpret_cast<const bf16*>(rows.q + r * 2 * rows.stride);
+            const char* soon = ahead.take(TILE_KEYS * a.head_dim * static_cast<int64_t>(sizeof(bf16)), scores);
+            if (side == 4) score_several<4>(q, rows.stride, places, offset, a.head_dim, soon, scores);
+            else if (side == 2) score_several<2>(q, rows.stride, places, offset, a.head_dim, soon, scores);
+            else
+                for (int64_t key = 0; key < TILE_KEYS; key += ALONE)
+                    score_alone(q, places + key, offset, a.head_dim, soon, scores + key);
+        }
+    }
+}
+
 template <class T> INLINE void score_all(const PagedAttention& a, const Rows& rows, const Tile<T>& tile, Ahead<T>& ahead) {
+    if constexpr (BY_PAIRS<T>) return score_pairs(a, rows, tile, ahead);
     int64_t keys = tile.end - tile.begin, heads = rows.count / rows.per_head;
     for (int64_t key = 0; key < keys; key += GROUP) {
         // Past the last key the last one stands again.
@@ -264,7 +387,7 @@ template <class T> INLINE void score_all(const PagedAttention& a, const Rows& ro
     }
 }
 
-// 2^x of x that are at most 0, or NaN: it is 0 below the least normal number.
+// 2^x of x that are at most 0, or a little more, or NaN: it is 0 below the least normal number.
 template <int R> INLINE void exp2_at_most_one(const Float (&x)[R], Float (&out)[R]) {
     Float n[R], f[R];
     EACH(R) n[i] = x[i] + ROUNDER, f[i] = x[i] - (n[i] - ROUNDER);
@@ -320,11 +443,53 @@ template <int R, int B> INLINE void renew(const Rows& rows, int64_t row, int64_t
     }
 }
 
-static void renew_all(const Rows& rows, int64_t tile_begin) {
-    if (rows.per_head == 1) {
+// The same of B rows BY_PAIRS. The maximum follows only where a score exceeds it by LAG: until then the probabilities are at most
+// 2^LAG, which costs no accuracy, and nothing need be rescaled.
+constexpr float LAG = 8.0f;
+template <int B> INLINE void renew_pairs(const Rows& rows, int64_t row, int64_t tile_begin) {
+    float *s = rows.scores + row * TILE_KEYS, *largest = rows.largest + row * WIDTH, *sum = rows.sum + row * WIDTH;
+    Float x[B], p[B];
+    EACH(B) x[i] = load(s + i * TILE_KEYS) * rows.scale;
+    for (int64_t i = 0; i < B; i++) {
+        int64_t first = rows.first[row + i], last = rows.last[row + i];
+        float slope = rows.slope[row + i];
+        if (first == 0 && last == TILE_KEYS && slope == 0.0f) continue;
+        float distance = static_cast<float>(rows.to[row + i] - 1 - tile_begin);
+        Int key;
+        for (int j = 0; j < WIDTH; j++) key[j] = j;
+        if (slope != 0.0f) x[i] -= slope * (distance - __builtin_convertvector(key, Float));
+        x[i] = (key >= static_cast<int>(first)) & (key < static_cast<int>(last)) ? x[i] : all(-INFINITY);
+    }
+    Int exceeds[B], any = {};
+    EACH(B) exceeds[i] = x[i] > load(largest + i * WIDTH) + LAG, any |= exceeds[i];
+    if (!every(~any)) {
+        for (int64_t i = 0; i < B; i++) {
+            // A row that goes along with another would get its bits from that one, which may be a later token.
+            if (every(~exceeds[i])) continue;
+            Float before = load(largest + i * WIDTH), now = maximum_of_every<1>(max(x[i], before));
+            Float difference[1] = {before - now}, factor[1];
+            exp2_at_most_one(difference, factor);
+            store(largest + i * WIDTH, now);
+            store(sum + i * WIDTH, load(sum + i * WIDTH) * factor[0]);
+            float* o = rows.o + (row + i) * rows.stride;
+            for (int64_t d = 0; d < rows.stride; d += WIDTH) store(o + d, load(o + d) * factor[0]);
+        }
+    }
+    EACH(B) x[i] -= load(largest + i * WIDTH);
+    exp2_at_most_one(x, p);
+    EACH(B) {
+        Uint pairs = rounded_pair(p[i], Float{});
+        store(sum + i * WIDTH, add_products(load(sum + i * WIDTH), pairs, Uint{} + 0x3f803f80u));
+        store(s + i * TILE_KEYS, (Float)pairs);
+    }
+}
+
+template <class T> void renew_all(const Rows& rows, int64_t tile_begin) {
+    if (rows.per_head == 1 || BY_PAIRS<T>) {
+        constexpr auto one = BY_PAIRS<T> ? renew_pairs<1> : renew<1, 1>, four = BY_PAIRS<T> ? renew_pairs<4> : renew<1, 4>;
         int64_t row = 0;
-        for (; row + 4 <= rows.count; row += 4) renew<1, 4>(rows, row, tile_begin);
-        for (; row < rows.count; row++) renew<1, 1>(rows, row, tile_begin);
+        for (; row + 4 <= rows.count; row += 4) four(rows, row, tile_begin);
+        for (; row < rows.count; row++) one(rows, row, tile_begin);
         return;
     }
     for (int64_t row = 0; row < rows.count;) {
@@ -336,15 +501,33 @@ static void renew_all(const Rows& rows, int64_t tile_begin) {
     }
 }
 
+// In place of a value that no row of a pair of keys sees: 0 times what stands in its slot could be NaN.
+const bf16 NOTHING[4 * 2 * WIDTH] = {};
+
 // Adds to R rows' outputs, from feature d on N pairs of vectors (the last of `count` elements), probabilities times the values of
-// keys first to last - 1. p: the first row's probabilities, one every `side`.
+// keys first to last - 1. p: the first row's probabilities, one every `side`; BY_PAIRS two in each, and `side` is
+// from one row to the next.
 template <int R, int N, bool IS_WHOLE, class T>
 INLINE void gather(float* o, int64_t stride, const float* p, int64_t side, const T* const* v, int64_t offset, int64_t count,
                    int64_t first, int64_t last, const char* soon) {
     Float sums[R][N][2];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int n = 0; n < N; n++) EACH(2) sums[r][n][i] = load(o + r * stride + (2 * n + i) * WIDTH);
-    for (int64_t key = first; key < last; key++) {
+    if constexpr (BY_PAIRS<T>) {
+        for (int64_t key = first & ~int64_t{1}; key < last; key += 2) {
+            const T *at = key < first ? NOTHING : v[key] + offset, *after = key + 1 < last ? v[key + 1] + offset : NOTHING;
+            if (IS_WHOLE) fetch_each<2 * N * 2 * WIDTH * sizeof(T)>(soon);
+            Uint weight[R];
+            EACH(R) weight[i] = (Uint)all(p[i * side + key / 2]);
+            UNROLL for (int n = 0; n < N; n++) {
+                int64_t d = 2 * n * WIDTH;
+                Uint x[2];
+                if (IS_WHOLE) zip(load_bits(at + d), load_bits(after + d), x);
+                else zip(load_bits(at, count), load_bits(after, count), x);
+                UNROLL for (int r = 0; r < R; r++) EACH(2) sums[r][n][i] = add_products(sums[r][n][i], weight[r], x[i]);
+            }
+        }
+    } else for (int64_t key = first; key < last; key++) {
         const T* at = v[key] + offset;
         if (IS_WHOLE) fetch_each<N * 2 * WIDTH * sizeof(T)>(soon);
         Float weight[R];
@@ -386,14 +569,16 @@ template <class T> INLINE void gather_all(const PagedAttention& a, const Rows& r
             const float* p = rows.scores + r * TILE_KEYS;
             int64_t side = together(end - r);
             // Only rows that see the same keys go together: a key that one of them must not see could be NaN, and 0 * NaN is NaN.
+            int64_t step = BY_PAIRS<T> ? TILE_KEYS : 1, apart = BY_PAIRS<T> ? TILE_KEYS : side;
             bool alike = true;
             for (int64_t i = 1; i < side; i++)
                 alike &= rows.first[r + i] == rows.first[r] && rows.last[r + i] == rows.last[r];
             if (!alike)
-                for (int64_t i = 0; i < side; i++) gather_rows<1>(rows, r + i, p + i, side, tile.v, offset, a.head_dim, ahead);
-            else if (side == 4) gather_rows<4>(rows, r, p, 4, tile.v, offset, a.head_dim, ahead);
-            else if (side == 2) gather_rows<2>(rows, r, p, 2, tile.v, offset, a.head_dim, ahead);
-            else gather_rows<1>(rows, r, p, 1, tile.v, offset, a.head_dim, ahead);
+                for (int64_t i = 0; i < side; i++)
+                    gather_rows<1>(rows, r + i, p + i * step, apart, tile.v, offset, a.head_dim, ahead);
+            else if (side == 4) gather_rows<4>(rows, r, p, apart, tile.v, offset, a.head_dim, ahead);
+            else if (side == 2) gather_rows<2>(rows, r, p, apart, tile.v, offset, a.head_dim, ahead);
+            else gather_rows<1>(rows, r, p, apart, tile.v, offset, a.head_dim, ahead);
             r += side;
         }
     }
@@ -409,7 +594,7 @@ template <class T> void attend(const PagedAttention& a, const Rows& rows, const 
     // Scores of keys that a row does not see are computed too and then left out.
     Ahead<T> k(next.k, next.end - next.begin, heads, a.k_cache.head_stride, a.head_dim);
     score_all(a, rows, tile, k);
-    renew_all(rows, tile.begin);
+    renew_all<T>(rows, tile.begin);
     Ahead<T> v(next.v, next.end - next.begin, heads, a.v_cache.head_stride, a.head_dim);
     gather_all(a, rows, tile, v);
 }
@@ -417,7 +602,8 @@ template <class T> void attend(const PagedAttention& a, const Rows& rows, const 
 // Row r's maximum and sum.
 struct Totals { float largest, sum; };
 
-static Totals totals(const Rows& rows, int64_t r) {
+template <class T> Totals totals(const Rows& rows, int64_t r) {
+    if (BY_PAIRS<T>) return {rows.largest[r * WIDTH], sum(load(rows.sum + r * WIDTH))};
     int64_t within = r % rows.per_head, begin = 0;
     while (begin + together(rows.per_head - begin) <= within) begin += together(rows.per_head - begin);
     int64_t side = together(rows.per_head - begin), at = (r - within + begin) * WIDTH + within - begin;
@@ -443,7 +629,7 @@ template <class T> INLINE void store_row(T* to, const float* from, int64_t count
     constexpr int64_t STEP = 2 * WIDTH;
     float lanes[STEP];
     for (int64_t d = 0; d < count; d += STEP) {
-        for (int64_t i = 0; i < STEP; i++) lanes[i] = from[d + place(i, to)] * factor;
+        for (int64_t i = 0; i < STEP; i++) lanes[i] = from[d + (BY_PAIRS<T> ? zipped_place(i) : place(i, to))] * factor;
         for (int64_t half = d; half < smaller(d + STEP, count); half += WIDTH) {
             if (half + WIDTH <= count) store(to + half, load(lanes + half - d));
             else store(to + half, load(lanes + half - d), count - half);
@@ -528,7 +714,8 @@ template <class T> static void run(const PagedAttention& a) {
         }
         int64_t per_head = tokens * group;
         Workspace scratch(floats_for_rows(heads * per_head, stride));
-        Rows rows = rows_in(scratch.data, heads, per_head, first_head, stride);
+        float scale = BY_PAIRS<T> ? a.softmax_scale * LOG2_E : 1.0f;
+        Rows rows = rows_in(scratch.data, heads, per_head, first_head, stride, scale);
         fill_rows<T>(a, s, first_token, rows);
         int64_t begin = rows.from[0], end = rows.to[per_head - 1];
         if (s.is_split) {
@@ -537,7 +724,7 @@ template <class T> static void run(const PagedAttention& a) {
         }
         attend_range<T>(a, b, rows, begin, end);
         for (int64_t r = 0; r < rows.count; r++) {
-            Totals total = totals(rows, r);
+            Totals total = totals<T>(rows, r);
             if (!s.is_split) {
                 store_row(output_row<T>(a, s, first_head, first_token, r), rows.o + r * stride, a.head_dim, 1.0f / total.sum);
                 continue;

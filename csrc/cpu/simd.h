@@ -37,6 +37,10 @@
 #if defined(__AVX2__) && PSANN_LANES == 8
 #define PSANN_AVX2 1
 #endif
+// A test may ask for it without the instruction: the same numbers, apart from denormals and roundings.
+#if defined(__AVX512BF16__) && defined(PSANN_AVX512) && !defined(PSANN_PAIRS)
+#define PSANN_PAIRS 1
+#endif
 
 namespace PSANN_NAMESPACE {
 
@@ -355,6 +359,108 @@ INLINE int64_t place(int64_t k, const bf16*) {
 }
 // Floats that hold a row of `count` elements laid out so.
 INLINE int64_t padded(int64_t count) { return (count + 2 * WIDTH - 1) / (2 * WIDTH) * (2 * WIDTH); }
+
+// Products of bf16 as they are stored, two a lane, where an instruction multiplies and adds two at once: half the instructions of
+// widening them first.
+#if defined(PSANN_PAIRS)
+constexpr bool MULTIPLIES_PAIRS = true;
+#else
+constexpr bool MULTIPLIES_PAIRS = false;
+#endif
+
+// 2 * WIDTH elements, two a lane; those from `count` on are 0, and never read.
+INLINE Uint load_bits(const bf16* p) { return *reinterpret_cast<const UintAnywhere*>(p); }
+INLINE Uint load_bits(const bf16* p, int64_t count) {
+    bf16 lanes[2 * WIDTH] = {};
+    for (int64_t i = 0; i < count; i++) lanes[i] = p[i];
+    return load_bits(lanes);
+}
+
+INLINE void store_bits(bf16* p, Uint x) { *reinterpret_cast<UintAnywhere*>(p) = x; }
+
+// sum + a.low * b.low + a.high * b.high. The instruction takes denormals for 0, also as its result.
+INLINE Float add_products(Float sum, Uint a, Uint b) {
+#if defined(__AVX512BF16__) && defined(PSANN_AVX512)
+    return (Float)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    return fma((Float)(a << 16), (Float)(b << 16), fma((Float)(a & 0xffff0000u), (Float)(b & 0xffff0000u), sum));
+#endif
+}
+
+// x, then y, rounded to bf16.
+INLINE Uint rounded_pair(Float x, Float y) {
+#if defined(__AVX512BF16__) && defined(PSANN_AVX512)
+    return (Uint)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x);
+#else
+    union { Short half[2]; Uint whole; } both{{narrow_bf16(x), narrow_bf16(y)}};
+    return both.whole;
+#endif
+}
+
+// In each four lanes: x[j]'s i-th becomes x[i]'s j-th.
+INLINE void transpose_fours(Uint (&x)[4]) {
+#if defined(PSANN_AVX512)
+    __m512i a = _mm512_unpacklo_epi32((__m512i)x[0], (__m512i)x[1]), b = _mm512_unpacklo_epi32((__m512i)x[2], (__m512i)x[3]);
+    __m512i c = _mm512_unpackhi_epi32((__m512i)x[0], (__m512i)x[1]), d = _mm512_unpackhi_epi32((__m512i)x[2], (__m512i)x[3]);
+    x[0] = (Uint)_mm512_unpacklo_epi64(a, b);
+    x[1] = (Uint)_mm512_unpackhi_epi64(a, b);
+    x[2] = (Uint)_mm512_unpacklo_epi64(c, d);
+    x[3] = (Uint)_mm512_unpackhi_epi64(c, d);
+#else
+    for (int begin = 0; begin < WIDTH; begin += 4)
+        for (int i = 0; i < 4; i++)
+            for (int j = 0; j < i; j++) {
+                uint32_t held = x[i][begin + j];
+                x[i][begin + j] = x[j][begin + i];
+                x[j][begin + i] = held;
+            }
+#endif
+}
+
+// The sums of a's lanes that are a multiple of four away, in two steps: add_quarters(add_halves(a, b), add_halves(c, d)) is
+// those of a, b, c and d one after the other.
+INLINE Float add_halves(Float a, Float b) {
+#if defined(PSANN_AVX512)
+    return (Float)halves(a, b);
+#else
+    Float sums;
+    for (int i = 0; i < WIDTH / 2; i++) sums[i] = a[i] + a[i + WIDTH / 2], sums[i + WIDTH / 2] = b[i] + b[i + WIDTH / 2];
+    return sums;
+#endif
+}
+INLINE Float add_quarters(Float a, Float b) {
+#if defined(PSANN_AVX512)
+    return (Float)quarters((__m512)a, (__m512)b);
+#else
+    Float sums;
+    for (int i = 0; i < WIDTH / 4; i++)
+        for (int j = 0; j < 2; j++) {
+            sums[i + j * WIDTH / 4] = a[i + j * WIDTH / 2] + a[i + j * WIDTH / 2 + WIDTH / 4];
+            sums[i + j * WIDTH / 4 + WIDTH / 2] = b[i + j * WIDTH / 2] + b[i + j * WIDTH / 2 + WIDTH / 4];
+        }
+    return sums;
+#endif
+}
+
+// Rows a and b element beside element: each eight elements' first four in out[0], the others in out[1]. `zipped_place` says where
+// a's and b's element k then are.
+INLINE void zip(Uint a, Uint b, Uint (&out)[2]) {
+#if defined(PSANN_AVX512)
+    out[0] = (Uint)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b);
+    out[1] = (Uint)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b);
+#else
+    for (int i = 0; i < WIDTH; i += 4)
+        for (int j = 0; j < 4; j++) {
+            uint32_t x = a[i + j], y = b[i + j];
+            out[j / 2][i + j % 2 * 2] = (x & 0xffff) | y << 16;
+            out[j / 2][i + j % 2 * 2 + 1] = x >> 16 | (y & 0xffff0000u);
+        }
+#endif
+}
+INLINE int64_t zipped_place(int64_t k) {
+    int64_t within = k % (2 * WIDTH);
+    return k - within + within % 8 / 4 * WIDTH + within / 8 * 4 + within % 4;
+}
 
 // What a stored and reloaded x would be.
 INLINE Float rounded(Float x, const float*) { return x; }

@@ -1,6 +1,7 @@
 """The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, each buffer allocated to the byte.
 
-The same run compares instruction sets, among them 16 lanes as AVX-512 has, made of two AVX2 vectors where there is no AVX-512.
+The same run compares instruction sets, among them 16 lanes as AVX-512 has, made of two AVX2 vectors where there is no AVX-512, with
+its products of bf16 pairs made of others.
 """
 
 import platform
@@ -18,7 +19,7 @@ FLAGS = "-std=c++17 -O1 -g1 -fno-math-errno -fno-trapping-math -ffp-contract=off
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all".split()
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-VARIANTS = {"portable": [], **({"avx2": AVX2, "lanes16": [*AVX2, "-DPSANN_LANES=16"]} if X86 else {})}
+VARIANTS = {"portable": [], **({"avx2": AVX2, "lanes16": [*AVX2, "-DPSANN_LANES=16", "-DPSANN_PAIRS"]} if X86 else {})}
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="no C++ compiler is installed"),

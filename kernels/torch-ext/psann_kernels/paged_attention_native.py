@@ -1,8 +1,10 @@
 """Native twin of paged_attention: csrc/cpu/paged_attention.cpp. Read paged_attention.py first.
 
-Attention of one new token reads its sequence's keys and
-values once, 2 * seq_len * num_kv_heads * head_dim * itemsize bytes, which is all its time; the queries that share a key/value
-head share what is read, and long sequences are split among threads at fixed positions.
+Attention of one new token reads its sequence's keys and values once, 2 * seq_len * num_kv_heads * head_dim * itemsize bytes, which
+is all its time; the queries that share a key/value head share what is read, and long sequences are split among threads at fixed
+positions. How many new tokens a sequence has in the call may change a query's roundings; what the others are, or hold, does not.
+On an x86 processor that multiplies bfloat16 (instruction set "avx512_bf16") rotated queries and probabilities of bfloat16 are
+rounded to it, sums stay float32, and denormals count as 0.
 """
 
 from __future__ import annotations
