@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include <array>
+#include <vector>
 
 #include "kernels.h"
 
@@ -103,6 +104,24 @@ inline SampleTokens sample_tokens(uintptr_t logits, uintptr_t temperature, uintp
                                   bool is_double) {
     return {at<void>(logits), at<double>(temperature), at<double>(top_p), at<double>(min_p), at<double>(draws), at<int64_t>(top_k),
             at<int64_t>(tokens), rows, vocabulary, stride, is_double, 0};
+}
+
+// One address for each matrix. The kernel reads the caller's own list.
+using Addresses = const std::vector<uintptr_t>&;
+
+inline MuonPrepare muon_prepare(Addresses gradients, Addresses momenta, uintptr_t x, int64_t rows, int64_t columns, double momentum,
+                                float least, int type) {
+    return {gradients.data(), momenta.data(), at<void>(x), static_cast<int64_t>(gradients.size()), rows, columns, momentum, least,
+            static_cast<Type>(type), 0};
+}
+
+inline MuonBound muon_bound(uintptr_t x, uintptr_t gram, int64_t n, int64_t rows, int64_t columns, float least, int type) {
+    return {at<void>(x), at<void>(gram), n, rows, columns, least, static_cast<Type>(type), 0};
+}
+
+inline MuonApply muon_apply(Addresses parameters, uintptr_t x, int64_t rows, int64_t columns, float keep, float scale, int type) {
+    return {parameters.data(), at<void>(x), static_cast<int64_t>(parameters.size()), rows, columns, keep, scale,
+            static_cast<Type>(type), 0};
 }
 
 }  // namespace arguments

@@ -46,6 +46,9 @@ PYBIND11_MODULE(_native, m) {
     PSANN_BIND(linear, Linear)
     PSANN_BIND(packed_linear, PackedLinear)
     PSANN_BIND(sample_tokens, SampleTokens)
+    PSANN_BIND(muon_prepare, MuonPrepare)
+    PSANN_BIND(muon_bound, MuonBound)
+    PSANN_BIND(muon_apply, MuonApply)
     bind(m, "paged_append", &arguments::paged_append, +[](const PagedAppend& a) {
         check_paged_append(a);
         kernels().paged_append(a);

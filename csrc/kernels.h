@@ -149,6 +149,38 @@ struct SampleTokens {
     int threads;
 };
 
+// n matrices (rows, columns) of floats, contiguous, each where its address says. m += (g - m) * (1 - momentum) in place, and
+// x (n, min(rows, columns), max(rows, columns)) contiguous: u = m + (g - m) * (1 - momentum), transposed where rows > columns, over
+// its Frobenius norm, or over `least` if that is more.
+struct MuonPrepare {
+    const uintptr_t *gradients, *momenta;  // (n)
+    void* x;
+    int64_t n, rows, columns;
+    double momentum;
+    float least;
+    Type type;  // of x: FLOAT32 or BFLOAT16
+    int threads;
+};
+
+// x (n, rows, columns) /= sqrt(s) and gram (n, rows, rows) /= s, both contiguous: s is each gram's Frobenius norm or `least`.
+struct MuonBound {
+    void *x, *gram;
+    int64_t n, rows, columns;
+    float least;
+    Type type;
+    int threads;
+};
+
+// p = p * keep - scale * x, matrices and x as in MuonPrepare.
+struct MuonApply {
+    const uintptr_t* parameters;  // (n)
+    const void* x;
+    int64_t n, rows, columns;
+    float keep, scale;
+    Type type;  // of x
+    int threads;
+};
+
 #define PSANN_KERNELS(X)                        \
     X(damped_sine_forward, DampedSineForward)   \
     X(damped_sine_backward, DampedSineBackward) \
@@ -160,7 +192,10 @@ struct SampleTokens {
     X(paged_attention, PagedAttention)          \
     X(linear, Linear)                           \
     X(packed_linear, PackedLinear)              \
-    X(sample_tokens, SampleTokens)
+    X(sample_tokens, SampleTokens)              \
+    X(muon_prepare, MuonPrepare)                \
+    X(muon_bound, MuonBound)                    \
+    X(muon_apply, MuonApply)
 
 #define PSANN_DECLARE(name, Arguments) void name(const Arguments&);
 #define PSANN_MEMBER(name, Arguments) void (*name)(const Arguments&);

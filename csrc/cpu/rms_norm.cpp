@@ -25,32 +25,6 @@ static const float* as_floats(const void* p, Type type, int64_t count, Workspace
     return converted.data;
 }
 
-// body(c, count) for each vector of a row; count is WIDTH but for the last.
-template <class Body> INLINE void each_vector(int64_t features, const Body& body) {
-    int64_t c = 0;
-    for (; c + WIDTH <= features; c += WIDTH) body(c, WIDTH);
-    if (c < features) body(c, features - c);
-}
-template <class T> INLINE Float take(const T* p, int64_t count) { return count == WIDTH ? load(p) : load(p, count); }
-template <class T> INLINE void give(T* p, Float x, int64_t count) { count == WIDTH ? store(p, x) : store(p, x, count); }
-
-// Sums over a row of what term(c, count, out) gives for each vector. Four partial sums each, so that one's latency is hidden behind
-// the others.
-template <int N, class Term> INLINE void sum_row(int64_t features, const Term& term, float (&result)[N]) {
-    Float sums[4][N] = {};
-    int64_t c = 0;
-    auto add = [&](int part, int64_t at, int64_t count) INLINE_LAMBDA {
-        Float out[N];
-        term(at, count, out);
-        EACH(N) sums[part][i] += out[i];
-    };
-    for (; c + 4 * WIDTH <= features; c += 4 * WIDTH)
-        UNROLL for (int part = 0; part < 4; part++) add(part, c + part * WIDTH, WIDTH);
-    for (; c + WIDTH <= features; c += WIDTH) add(0, c, WIDTH);
-    if (c < features) add(0, c, features - c);
-    EACH(N) result[i] = sum((sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]));
-}
-
 template <class T> static void forward(const RmsNormForward& a) {
     const T *x = static_cast<const T*>(a.x), *residual = static_cast<const T*>(a.residual);
     T *y = static_cast<T*>(a.y), *h = static_cast<T*>(a.h);
@@ -73,7 +47,7 @@ template <class T> static void forward(const RmsNormForward& a) {
             }, squares);
             if (residual != nullptr) from = h + r * a.features;
             float root = 1.0f / sqrtf(squares[0] / static_cast<float>(a.features) + a.eps);
-            each_vector(a.features, [&](int64_t c, int64_t count) INLINE_LAMBDA {
+            each_vector(0, a.features, [&](int64_t c, int64_t count) INLINE_LAMBDA {
                 give(y + r * a.features + c, take(from + c, count) * root * take(weight + c, count), count);
             });
         }
@@ -103,7 +77,7 @@ template <class T> static void backward(const RmsNormBackward& a) {
             }, sums);
             float root = 1.0f / sqrtf(sums[0] / static_cast<float>(a.features) + a.eps);
             float pull = sums[1] / static_cast<float>(a.features) * root * root;
-            each_vector(a.features, [&](int64_t c, int64_t count) INLINE_LAMBDA {
+            each_vector(0, a.features, [&](int64_t c, int64_t count) INLINE_LAMBDA {
                 Float v = take(value + c, count), g = take(down + c, count);
                 Float d = root * (g * take(weight + c, count) - v * pull);
                 if (dh_in != nullptr) d += take(dh_in + r * a.dh_in_stride + c, count);
@@ -111,7 +85,7 @@ template <class T> static void backward(const RmsNormBackward& a) {
                 give(block + c, take(block + c, count) + g * v * root, count);
             });
             if ((r + 1) % BLOCK_ROWS == 0 || r + 1 == end) {
-                each_vector(a.features, [&](int64_t c, int64_t count) {
+                each_vector(0, a.features, [&](int64_t c, int64_t count) {
                     give(total + c, take(total + c, count) + take(block + c, count), count);
                     give(block + c, Float{}, count);
                 });

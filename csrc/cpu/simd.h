@@ -497,4 +497,30 @@ INLINE void put(fp16* p, float x) {
 #endif
 }
 
+// body(c, count) for each vector of [begin, end); count is WIDTH but for the last.
+template <class Body> INLINE void each_vector(int64_t begin, int64_t end, const Body& body) {
+    int64_t c = begin;
+    for (; c + WIDTH <= end; c += WIDTH) body(c, WIDTH);
+    if (c < end) body(c, end - c);
+}
+template <class T> INLINE Float take(const T* p, int64_t count) { return count == WIDTH ? load(p) : load(p, count); }
+template <class T> INLINE void give(T* p, Float x, int64_t count) { count == WIDTH ? store(p, x) : store(p, x, count); }
+
+// Sums over a row of what term(c, count, out) gives for each vector. Four partial sums each, so that one's latency is hidden behind
+// the others.
+template <int N, class Term> INLINE void sum_row(int64_t features, const Term& term, float (&result)[N]) {
+    Float sums[4][N] = {};
+    int64_t c = 0;
+    auto add = [&](int part, int64_t at, int64_t count) INLINE_LAMBDA {
+        Float out[N];
+        term(at, count, out);
+        EACH(N) sums[part][i] += out[i];
+    };
+    for (; c + 4 * WIDTH <= features; c += 4 * WIDTH)
+        UNROLL for (int part = 0; part < 4; part++) add(part, c + part * WIDTH, WIDTH);
+    for (; c + WIDTH <= features; c += WIDTH) add(0, c, WIDTH);
+    if (c < features) add(0, c, features - c);
+    EACH(N) result[i] = sum((sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]));
+}
+
 }  // namespace PSANN_NAMESPACE

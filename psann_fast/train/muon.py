@@ -4,12 +4,13 @@ in the dtype that the device multiplies best."""
 from __future__ import annotations
 
 import math
-from typing import Iterable
+from typing import Callable, Iterable
 
 import torch
 from psann_kernels.library import cpu_has_bf16
 from torch import Tensor, nn
 
+from . import muon_native
 from .snapshot import sharded_as, whole
 
 MOMENTUM = 0.95
@@ -32,6 +33,8 @@ class Muon(torch.optim.Optimizer):
 
     The step of torch.optim.Muon(adjust_lr_fn="match_rms_adamw") but for the way to orthogonal. That one works matrix by matrix and
     in bfloat16 everywhere: on a CPU without bfloat16 instructions that takes several times as long as the training step it serves.
+    Plain contiguous float32 parameters on a CPU go through native kernels between their products where these are built (and unless
+    `found_inf` is set); all else, and the products, are torch's. Both give the same but for rounding.
     State: "momentum_buffer". Like torch's fused optimizers it takes no step where the attribute `found_inf`, a () tensor on the
     device, is 1.
 
@@ -59,33 +62,65 @@ class Muon(torch.optim.Optimizer):
             alike: dict[tuple[int, ...], list[nn.Parameter]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    alike.setdefault(tuple(p.shape), []).append(p)
+                    alike.setdefault(tuple(sorted(p.shape)), []).append(p)
             for shape, members in alike.items():
+                members.sort(key=is_tall)
                 at_once = max(1, MOST_AT_ONCE // max(1, math.prod(shape)))
                 for first in range(0, len(members), at_once):
                     self._step_alike(members[first : first + at_once], group["lr"], group["weight_decay"])
 
     def _step_alike(self, members: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        """One step of parameters of one shape."""
+        """One step of parameters of one shape and of that shape turned, the wide ones first."""
         gradients = [p.grad for p in members]
-        taken = None if self.found_inf is None else 1 - self.found_inf
-        if taken is not None:  # NaN times 0 is NaN
-            gradients = [torch.where(taken > 0, g, torch.zeros_like(g)) for g in gradients]
         for p in members:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
         momenta = [self.state[p]["momentum_buffer"] for p in members]
+        decay, scale = lr * weight_decay, 0.2 * lr * math.sqrt(max(members[0].shape))
+        if self.found_inf is None and muon_native.serves(members, gradients, momenta):
+            self._step_natively(members, gradients, momenta, decay, scale)
+            return
+        taken = None if self.found_inf is None else 1 - self.found_inf
+        if taken is not None:  # NaN times 0 is NaN
+            gradients = [torch.where(taken > 0, g, torch.zeros_like(g)) for g in gradients]
         moves = torch._foreach_sub(gradients, momenta)
         torch._foreach_mul_(moves, 1 - MOMENTUM if taken is None else (1 - MOMENTUM) * taken)
         torch._foreach_add_(momenta, moves)
-        stacked = torch.stack([whole(t) for t in torch._foreach_lerp(gradients, momenta, MOMENTUM)])
+        stacked = torch.stack([as_wide(whole(t)) for t in torch._foreach_lerp(gradients, momenta, MOMENTUM)])
         updates = orthogonal(stacked).to(members[0].dtype)
         if taken is not None:
             updates *= taken
-        decay = lr * weight_decay
         torch._foreach_mul_(members, 1 - decay if taken is None else 1 - decay * taken)
-        scale = 0.2 * lr * math.sqrt(max(stacked.shape[1:]))
-        torch._foreach_sub_(members, [sharded_as(update, p) for update, p in zip(updates.unbind(), members)], alpha=scale)
+        turned = [update.mT if is_tall(p) else update for update, p in zip(updates.unbind(), members)]
+        torch._foreach_sub_(members, [sharded_as(update, p) for update, p in zip(turned, members)], alpha=scale)
+
+    def _step_natively(
+        self, members: list[nn.Parameter], gradients: list[Tensor], momenta: list[Tensor], decay: float, scale: float
+    ) -> None:
+        """The same of what `muon_native` serves."""
+        wide = sum(not is_tall(p) for p in members)
+        parts = [part for part in (slice(wide), slice(wide, None)) if members[part]]
+        dtype = torch.bfloat16 if multiplies_narrow(members[0]) else torch.float32
+        x = torch.empty(len(members), *sorted(members[0].shape), dtype=dtype, device=members[0].device)
+        for part in parts:
+            muon_native.prepare(gradients[part], momenta[part], x[part], MOMENTUM, TINY)
+        x = rounds(x, muon_native.bound)
+        for part in parts:
+            muon_native.apply(members[part], x[part], 1 - decay, scale)
+
+
+def is_tall(x: Tensor) -> bool:
+    return x.shape[-2] > x.shape[-1]
+
+
+def as_wide(x: Tensor) -> Tensor:
+    """x, or where it is higher than wide x^T, whose Gram matrix is smaller."""
+    return x.mT if is_tall(x) else x
+
+
+def multiplies_narrow(x: Tensor) -> bool:
+    """Whether x's products are computed in bfloat16."""
+    return x.dtype != torch.float64 and (x.is_cuda or (x.device.type == "cpu" and cpu_has_bf16()))
 
 
 def orthogonal(x: Tensor) -> Tensor:
@@ -94,19 +129,32 @@ def orthogonal(x: Tensor) -> Tensor:
 
     Computed in bfloat16 on a GPU and on CPUs that have it in hardware, in float64 for float64, else in float32, and returned so.
     """
-    if x.shape[-2] > x.shape[-1]:
+    if is_tall(x):
         return orthogonal(x.mT).mT
-    is_narrow = x.dtype != torch.float64 and (x.is_cuda or (x.device.type == "cpu" and cpu_has_bf16()))
+    is_narrow = multiplies_narrow(x)
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(TINY)  # so that squares neither overflow nor vanish
-    if is_narrow:
-        x = x.bfloat16()
+    return rounds(x.bfloat16() if is_narrow else x, bound)
+
+
+def rounds(x: Tensor, bound: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]) -> Tensor:
+    """The quintics of x (n, rows, columns), no higher than wide, each matrix of norm 1.
+
+    bound   `bound` below, or its native twin, which overwrites x
+    """
     gram = x @ x.mT
-    # No singular value is above |x x^T|^(1/2), which is nearer to the largest than |x| and costs no product: the values begin up to
-    # rows^(1/4) times nearer to 1.
-    bound = torch.linalg.matrix_norm(gram.to(torch.promote_types(gram.dtype, torch.float32)), keepdim=True).clamp_min(TINY)
-    x, gram = x * bound.rsqrt().to(x.dtype), gram * bound.reciprocal().to(x.dtype)
+    x, gram = bound(x, gram, TINY)
     for index, (a, b, c) in enumerate(QUINTICS):
         if index:
             gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def bound(x: Tensor, gram: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """x / sqrt(s) and gram / s, s the norm of each gram and at least `least`.
+
+    No singular value is above |x x^T|^(1/2), which is nearer to the largest than |x| and costs no product: the values begin up to
+    rows^(1/4) times nearer to 1.
+    """
+    most = torch.linalg.matrix_norm(gram.to(torch.promote_types(gram.dtype, torch.float32)), keepdim=True).clamp_min(least)
+    return x * most.rsqrt().to(x.dtype), gram * most.reciprocal().to(x.dtype)

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -167,7 +168,32 @@ static void samples(int64_t rows, int64_t vocabulary, bool is_double) {
     }
 }
 
+static void muons(Type type, int64_t n, int64_t rows, int64_t columns) {
+    size_t elements = static_cast<size_t>(rows * columns), count = static_cast<size_t>(n);
+    int64_t narrow = rows < columns ? rows : columns, wide = rows < columns ? columns : rows;
+    std::vector<std::unique_ptr<Buffer>> buffers;
+    std::vector<uintptr_t> lists[3];  // gradients, momenta, parameters
+    for (auto& list : lists) {
+        for (int64_t i = 0; i < n; i++) {
+            buffers.push_back(std::make_unique<Buffer>(Type::FLOAT32, elements, 0.25, 1));
+            list.push_back(reinterpret_cast<uintptr_t>(buffers.back()->data));
+        }
+        list.shrink_to_fit();
+    }
+    Buffer x(type, count * elements, 0, 0), gram(type, count * static_cast<size_t>(narrow * narrow), 0.25, 1);
+    muon_prepare({lists[0].data(), lists[1].data(), x.data, n, rows, columns, 0.95, 1e-7f, type, 2});
+    x.print();
+    muon_bound({x.data, gram.data, n, narrow, wide, 1e-7f, type, 2});
+    muon_apply({lists[2].data(), x.data, n, rows, columns, 0.9f, 0.5f, type, 2});
+    x.print(), gram.print();
+    for (const auto& buffer : buffers) buffer->print();
+}
+
 int main() {
+    for (Type type : {Type::FLOAT32, Type::BFLOAT16})
+        for (int64_t n : {1, 3})
+            for (int64_t rows : {1, 7, 33, 300})
+                for (int64_t columns : {1, 16, 35, 290}) muons(type, n, rows, columns);
     for (int64_t rows : {1, 5})
         for (int64_t vocabulary : {1, 7, 40, 4099}) samples(rows, vocabulary, false), samples(rows, vocabulary, true);
     const Type types[] = {Type::FLOAT32, Type::BFLOAT16, Type::FLOAT16};
