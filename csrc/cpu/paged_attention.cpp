@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t TILE_KEYS = 16;
 constexpr int64_t SPLIT = 128;        // keys of a split among the first FINE, so that short sequences feed several threads
 constexpr int64_t FINE = 1024;
-constexpr int64_t LONG_SPLIT = 512;   // beyond: a split costs its queries' preparation, and its first tile is fetched by nobody
+constexpr int64_t LONG_SPLIT = 512;   // beyond: a split costs its queries' preparation, and its first tile is waited for
 constexpr int64_t SPLIT_TOKENS = 16;
 constexpr int64_t CHUNK = 16;
 static_assert(SPLIT % TILE_KEYS == 0 && LONG_SPLIT % TILE_KEYS == 0 && FINE % SPLIT == 0 && FINE % LONG_SPLIT == 0,
@@ -57,7 +57,7 @@ static int64_t oldest_seen(const PagedAttention& a, int64_t position) {
 // The queries of one piece, head after head: row (head - first_head) * per_head + r is new token r / group of query head
 // head * group + r % group, where `head` is the key/value head that the group shares.
 struct Rows {
-    int64_t count, per_head, first_head, stride;  // stride: head_dim padded to pairs of vectors
+    int64_t count, heads, per_head, first_head, stride;  // stride: head_dim padded to pairs of vectors
     float *q, *o;                                 // (count, stride), laid out as load_pair gives keys; q times
                                                   // softmax_scale * log2(e)
     float *scores;                                // (TILE_KEYS, R) for each R rows that `together` puts side by side
@@ -86,6 +86,7 @@ Rows rows_in(float* memory, int64_t heads, int64_t per_head, int64_t first_head,
     Rows r = {};
     r.scale = scale;
     r.count = heads * per_head;
+    r.heads = heads;
     r.per_head = per_head;
     r.first_head = first_head;
     r.stride = stride;
@@ -152,6 +153,8 @@ template <class T> struct Tile {
     const T *k[TILE_KEYS], *v[TILE_KEYS];
 };
 
+// Fetches a line of each block as well: blocks are seldom neighbours, and a page's address must be looked up before its other lines
+// can be fetched, which a processor does for few of them at once and forgets the rest.
 template <class T>
 void find_tile(const PagedAttention& a, int64_t sequence, const Rows& rows, int64_t begin, int64_t end, Tile<T>& tile) {
     tile.begin = begin;
@@ -164,6 +167,8 @@ void find_tile(const PagedAttention& a, int64_t sequence, const Rows& rows, int6
                 rows.first_head * cache.head_stride;
         };
         const T *k = place(a.k_cache), *v = place(a.v_cache);
+        __builtin_prefetch(k, 0, 2);
+        __builtin_prefetch(v, 0, 2);
         for (int64_t last = smaller(end - begin, i + a.block_size - slot); i < last; i++) {
             tile.k[i] = k;
             tile.v[i] = v;
@@ -216,6 +221,13 @@ template <class T> struct Ahead {
         return line - amount;
     }
 };
+
+template <class T> INLINE Ahead<T> keys_of(const PagedAttention& a, const Rows& rows, const Tile<T>& tile) {
+    return {tile.k, tile.end - tile.begin, rows.heads, a.k_cache.head_stride, a.head_dim};
+}
+template <class T> INLINE Ahead<T> values_of(const PagedAttention& a, const Rows& rows, const Tile<T>& tile) {
+    return {tile.v, tile.end - tile.begin, rows.heads, a.v_cache.head_stride, a.head_dim};
+}
 
 // Fetches the next BYTES.
 template <size_t BYTES> INLINE void fetch_each(const char*& soon) {
@@ -338,7 +350,7 @@ __attribute__((noinline)) void score_several(const bf16* q, int64_t stride, cons
 }
 
 INLINE void score_pairs(const PagedAttention& a, const Rows& rows, const Tile<bf16>& tile, Ahead<bf16>& ahead) {
-    int64_t keys = tile.end - tile.begin, heads = rows.count / rows.per_head;
+    int64_t keys = tile.end - tile.begin, heads = rows.heads;
     const bf16* places[TILE_KEYS];
     for (int64_t i = 0; i < TILE_KEYS; i++) places[i] = tile.k[i < keys ? i : keys - 1];
     if (rows.per_head == 1) {
@@ -369,7 +381,7 @@ INLINE void score_pairs(const PagedAttention& a, const Rows& rows, const Tile<bf
 
 template <class T> INLINE void score_all(const PagedAttention& a, const Rows& rows, const Tile<T>& tile, Ahead<T>& ahead) {
     if constexpr (BY_PAIRS<T>) return score_pairs(a, rows, tile, ahead);
-    int64_t keys = tile.end - tile.begin, heads = rows.count / rows.per_head;
+    int64_t keys = tile.end - tile.begin, heads = rows.heads;
     for (int64_t key = 0; key < keys; key += GROUP) {
         // Past the last key the last one stands again.
         int64_t count = smaller(GROUP, keys - key);
@@ -562,7 +574,7 @@ INLINE void gather_rows(const Rows& rows, int64_t row, const float* p, int64_t s
 }
 
 template <class T> INLINE void gather_all(const PagedAttention& a, const Rows& rows, const Tile<T>& tile, Ahead<T>& ahead) {
-    int64_t heads = rows.count / rows.per_head;
+    int64_t heads = rows.heads;
     for (int64_t h = 0; h < heads; h++) {
         int64_t offset = h * a.v_cache.head_stride, end = (h + 1) * rows.per_head;
         for (int64_t r = h * rows.per_head; r < end;) {
@@ -586,16 +598,15 @@ template <class T> INLINE void gather_all(const PagedAttention& a, const Rows& r
 
 // `next` is fetched meanwhile, a little beside each piece of work: all of it at once would only be waited for.
 template <class T> void attend(const PagedAttention& a, const Rows& rows, const Tile<T>& tile, const Tile<T>& next) {
-    int64_t heads = rows.count / rows.per_head;
     for (int64_t r = 0; r < rows.count; r++) {
         rows.first[r] = larger(rows.from[r], tile.begin) - tile.begin;
         rows.last[r] = larger(rows.first[r], smaller(rows.to[r], tile.end) - tile.begin);
     }
     // Scores of keys that a row does not see are computed too and then left out.
-    Ahead<T> k(next.k, next.end - next.begin, heads, a.k_cache.head_stride, a.head_dim);
+    Ahead<T> k = keys_of(a, rows, next);
     score_all(a, rows, tile, k);
     renew_all<T>(rows, tile.begin);
-    Ahead<T> v(next.v, next.end - next.begin, heads, a.v_cache.head_stride, a.head_dim);
+    Ahead<T> v = values_of(a, rows, next);
     gather_all(a, rows, tile, v);
 }
 
@@ -612,15 +623,21 @@ template <class T> Totals totals(const Rows& rows, int64_t r) {
     return {rows.largest[at], sum};
 }
 
+// A tile's places are found two tiles ahead, see find_tile.
 template <class T> void attend_range(const PagedAttention& a, int64_t sequence, const Rows& rows, int64_t begin, int64_t end) {
-    Tile<T> tiles[2];
-    int64_t tile_end = smaller(begin / TILE_KEYS * TILE_KEYS + TILE_KEYS, end);
-    if (begin < end) find_tile(a, sequence, rows, begin, tile_end, tiles[0]);
-    for (int i = 0; begin < end; i ^= 1) {
-        begin = tile_end;
-        tile_end = smaller(begin + TILE_KEYS, end);
-        find_tile(a, sequence, rows, begin, tile_end, tiles[i ^ 1]);  // of no keys, after the last
-        attend(a, rows, tiles[i], tiles[i ^ 1]);
+    Tile<T> tiles[3];
+    auto find = [&](int64_t from, Tile<T>& tile) {
+        // Of no keys, after the last.
+        find_tile(a, sequence, rows, from, smaller(from / TILE_KEYS * TILE_KEYS + TILE_KEYS, end), tile);
+    };
+    find(begin, tiles[0]);
+    find(tiles[0].end, tiles[1]);
+    // Nothing else is being done meanwhile, so all of the first tile is asked for at once.
+    keys_of(a, rows, tiles[0]).fetch(INT64_MAX);
+    values_of(a, rows, tiles[0]).fetch(INT64_MAX);
+    for (int i = 0, next = 1; tiles[i].begin < end; i = next, next = next == 2 ? 0 : next + 1) {
+        find(tiles[next].end, tiles[3 - i - next]);
+        attend(a, rows, tiles[i], tiles[next]);
     }
 }
 

@@ -216,14 +216,24 @@ template <int N> INLINE void sum_each(const Float (&x)[N], float* out) {
     for (int i = 0; i < N; i++) out[i] = sum(x[i]);
 }
 
+// Lane i of the result is lane i ^ STEP of x.
+template <int STEP> INLINE Float exchanged(Float x) {
+#if defined(PSANN_AVX512)
+    // gcc would load lane after lane from memory.
+    if constexpr (STEP == 8) return (Float)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0x4e);
+    if constexpr (STEP == 4) return (Float)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0xb1);
+    return (Float)_mm512_permute_ps((__m512)x, STEP == 2 ? 0x4e : 0xb1);
+#else
+    Float partner;
+    for (int i = 0; i < WIDTH; i++) partner[i] = x[i ^ STEP];
+    return partner;
+#endif
+}
+
 // In every lane the maximum of those lanes that are a multiple of R away.
-template <int R> INLINE Float maximum_of_every(Float x) {
-    for (int step = WIDTH / 2; step >= R; step /= 2) {
-        Float partner;
-        for (int i = 0; i < WIDTH; i++) partner[i] = x[i ^ step];
-        x = max(x, partner);
-    }
-    return x;
+template <int R, int STEP = WIDTH / 2> INLINE Float maximum_of_every(Float x) {
+    if constexpr (STEP < R) return x;
+    else return maximum_of_every<R, STEP / 2>(max(x, exchanged<STEP>(x)));
 }
 
 INLINE Short shorts(Uint x) {
