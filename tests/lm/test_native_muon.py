@@ -219,6 +219,15 @@ def test_gradients_beyond_all_bounds_do_what_they_do_in_torch(launches, monkeypa
     assert bool(found[0][1].isnan().all()) is not math.isfinite(bad) and not found[0][0].isnan().any()
 
 
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20)])
+def test_a_norm_that_is_nan_is_not_taken_for_a_small_one(isa, shape):
+    g, m = drawn(0, [shape] * 2), [torch.zeros(shape) for _ in range(2)]
+    g[0][3, 4] = math.nan
+    x = torch.empty(2, 20, 30)
+    muon_native.prepare(g, m, x, MOMENTUM, TINY)
+    assert x[0].isnan().all() and not x[1].isnan().any()
+
+
 @pytest.mark.parametrize("which", ["parameter", "gradient", "momentum", "float64", "bfloat16", "a subclass"])
 def test_what_the_kernels_cannot_take_goes_through_torch(launches, monkeypatch, which):
     narrow(monkeypatch, torch.float32)
