@@ -30,16 +30,31 @@ inline DampedSineBackward damped_sine_backward(uintptr_t z, uintptr_t dy, uintpt
 
 inline RmsNormForward rms_norm_forward(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t y, uintptr_t h, int64_t rows,
                                        int64_t features, int64_t x_stride, int64_t residual_stride, float eps, int type,
-                                       int weight_type) {
+                                       int weight_type, int residual_type, int y_type) {
     return {at<void>(x), at<void>(residual), at<void>(weight), at<void>(y), at<void>(h), rows, features, x_stride, residual_stride,
-            eps, static_cast<Type>(type), static_cast<Type>(weight_type), 0};
+            eps, static_cast<Type>(type), static_cast<Type>(weight_type), static_cast<Type>(residual_type),
+            static_cast<Type>(y_type), 0};
 }
 
 inline RmsNormBackward rms_norm_backward(uintptr_t h, uintptr_t dy, uintptr_t dh_in, uintptr_t weight, uintptr_t dh,
-                                         uintptr_t dweight, int64_t rows, int64_t features, int64_t h_stride, int64_t dy_stride,
-                                         int64_t dh_in_stride, float eps, int type, int weight_type) {
-    return {at<void>(h), at<void>(dy), at<void>(dh_in), at<void>(weight), at<void>(dh), at<float>(dweight), rows, features,
-            h_stride, dy_stride, dh_in_stride, eps, static_cast<Type>(type), static_cast<Type>(weight_type), 0};
+                                         uintptr_t dresidual, uintptr_t dweight, int64_t rows, int64_t features, int64_t h_stride,
+                                         int64_t dy_stride, int64_t dh_in_stride, float eps, int type, int weight_type,
+                                         int residual_type, int y_type) {
+    return {at<void>(h), at<void>(dy), at<void>(dh_in), at<void>(weight), at<void>(dh), at<void>(dresidual), at<float>(dweight),
+            rows, features, h_stride, dy_stride, dh_in_stride, eps, static_cast<Type>(type), static_cast<Type>(weight_type),
+            static_cast<Type>(residual_type), static_cast<Type>(y_type), 0};
+}
+
+inline ScaledAdd scaled_add(uintptr_t x, uintptr_t branch, uintptr_t alpha, uintptr_t h, int64_t elements, int type,
+                            int branch_type) {
+    return {at<void>(x), at<void>(branch), at<float>(alpha), at<void>(h), elements, static_cast<Type>(type),
+            static_cast<Type>(branch_type), 0};
+}
+
+inline ScaledAddBackward scaled_add_backward(uintptr_t dh, uintptr_t branch, uintptr_t alpha, uintptr_t dbranch, uintptr_t dalpha,
+                                             int64_t elements, int type, int branch_type) {
+    return {at<void>(dh), at<void>(branch), at<float>(alpha), at<void>(dbranch), at<float>(dalpha), elements,
+            static_cast<Type>(type), static_cast<Type>(branch_type), 0};
 }
 
 // WaveConv's members in order. No class is bound: a module may be loaded under two names, and a type is registered once.
@@ -85,6 +100,33 @@ inline PagedAttention paged_attention(uintptr_t q, uintptr_t k_cache, Strides k_
             at<int32_t>(cu_seqlens_q), at<float>(alibi_slopes), at<void>(o), {at<float>(cos), at<float>(sin), interleaved}, rows,
             sequences, heads, kv_heads, head_dim, block_size, table_stride, q_stride, q_head_stride, window, softmax_scale,
             static_cast<Type>(type), 0, num_blocks, max_blocks, max_position};
+}
+
+// (batch, tokens, heads) of one side.
+inline TurnHeads turn_heads(uintptr_t in, const Strides& in_strides, uintptr_t out, const Strides& out_strides, uintptr_t narrow,
+                            uintptr_t first, int64_t first_stride, uintptr_t cos, uintptr_t sin, bool interleaved,
+                            const std::array<int64_t, 4>& shape, int64_t offset, float factor, int direction, int in_type,
+                            int out_type) {
+    return {at<void>(in), at<void>(out), at<void>(narrow), at<int64_t>(first), {at<float>(cos), at<float>(sin), interleaved},
+            shape[0], shape[1], shape[2], shape[3], offset, first_stride, in_strides[0], in_strides[1], in_strides[2],
+            out_strides[0], out_strides[1], out_strides[2], factor, direction, static_cast<Type>(in_type),
+            static_cast<Type>(out_type), 0};
+}
+
+// Scores' members in order.
+using ScoresNumbers = std::array<int64_t, 9>;
+
+inline Scores scores(const ScoresNumbers& n) {
+    return {at<int64_t>(static_cast<uintptr_t>(n[0])), at<float>(static_cast<uintptr_t>(n[1])), n[2], n[3], n[4], n[5], n[6], n[7],
+            n[8]};
+}
+
+inline SoftmaxScores softmax_scores(const ScoresNumbers& of, uintptr_t values, uintptr_t p, int type) {
+    return {scores(of), at<float>(values), at<void>(p), static_cast<Type>(type), 0};
+}
+
+inline SoftmaxScoresBackward softmax_scores_backward(const ScoresNumbers& of, uintptr_t p, uintptr_t dp, int type) {
+    return {scores(of), at<void>(p), at<void>(dp), static_cast<Type>(type), 0};
 }
 
 inline Linear linear(uintptr_t x, uintptr_t weight, uintptr_t scale, uintptr_t bias, uintptr_t y, int64_t rows, int64_t inputs,

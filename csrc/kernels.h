@@ -29,22 +29,43 @@ struct DampedSineBackward {
 };
 
 // y = h / sqrt(mean(h^2) + eps) * weight with h = x + residual rounded to its type; rows with unit stride, y and h contiguous.
+// Beside a FLOAT32 x, residual and y may have other types; beside others they have x's.
 struct RmsNormForward {
     const void *x, *residual, *weight;  // residual may be null: h is x
     void *y, *h;                        // h is null where residual is
     int64_t rows, features, x_stride, residual_stride;
     float eps;
-    Type type, weight_type;
+    Type type, weight_type, residual_type, y_type;  // type: of x and h
     int threads;
 };
 
 struct RmsNormBackward {
     const void *h, *dy, *dh_in, *weight;  // dh_in, a gradient of h itself, may be null
-    void* dh;                             // contiguous
+    void *dh, *dresidual;                 // contiguous; dresidual, the same gradient in the residual's type, may be null
     float* dweight;
     int64_t rows, features, h_stride, dy_stride, dh_in_stride;
     float eps;
-    Type type, weight_type;
+    Type type, weight_type, residual_type, y_type;  // type: of h, dh_in and dh
+    int threads;
+};
+
+// h = x + alpha * branch, each contiguous; x and h are FLOAT32 or have the branch's type.
+struct ScaledAdd {
+    const void *x, *branch;
+    const float* alpha;  // (1)
+    void* h;
+    int64_t elements;
+    Type type, branch_type;
+    int threads;
+};
+
+struct ScaledAddBackward {
+    const void *dh, *branch;
+    const float* alpha;
+    void* dbranch;
+    float* dalpha;  // (1)
+    int64_t elements;
+    Type type, branch_type;
     int threads;
 };
 
@@ -113,6 +134,45 @@ struct PagedAttention {
     Type type;
     int threads;
     int64_t num_blocks, max_blocks, max_position;  // blocks in the cache, in a row of block_table; rows of the rotary tables
+};
+
+// Heads, rotated, from `in` to `out`: element (b, t, h, d) is b * batch_stride + t * token_stride + h * head_stride + d in each.
+struct TurnHeads {
+    const void* in;
+    void *out, *narrow;    // narrow: null, or bf16 that receives what `out` does, in the same places
+    const int64_t* first;  // (batch, first_stride): in place p of row b, the place where its document begins; null: 0
+    Rotary rotary;
+    int64_t batch, tokens, heads, head_dim, offset, first_stride;  // token t stands in place offset + t of its row
+    int64_t in_batch_stride, in_token_stride, in_head_stride, out_batch_stride, out_token_stride, out_head_stride;
+    float factor;   // of every number
+    int direction;  // 1 forward, out in halves; -1 back, in from halves (matters where something is rotated)
+    Type in_type, out_type;
+    int threads;
+};
+
+// Scores (batch, heads, queries, keys) contiguous: query i stands at key offset + i and sees those from first to itself.
+struct Scores {
+    const int64_t* first;  // (batch, first_stride), by place; null: 0
+    const float* slopes;   // (heads), or null: what a key is worth for each place that it is further on
+    int64_t batch, heads, queries, keys, offset, first_stride;
+    int64_t window;  // keys seen at most; 0: all
+};
+
+struct SoftmaxScores {
+    Scores scores;
+    const float* values;
+    void* p;        // float or bf16
+    Type type;      // of p
+    int threads;
+};
+
+// dp = p * (dp - sum(p * dp)) of every row.
+struct SoftmaxScoresBackward {
+    Scores scores;
+    const void* p;
+    void* dp;
+    Type type;  // of both, float or bf16
+    int threads;
 };
 
 // y (rows, outputs) = x (rows, inputs) weight^T * scale + bias, summed in float.
@@ -186,10 +246,15 @@ struct MuonApply {
     X(damped_sine_backward, DampedSineBackward) \
     X(rms_norm_forward, RmsNormForward)         \
     X(rms_norm_backward, RmsNormBackward)       \
+    X(scaled_add, ScaledAdd)                    \
+    X(scaled_add_backward, ScaledAddBackward)   \
     X(wave_conv_forward, WaveConvForward)       \
     X(wave_conv_backward, WaveConvBackward)     \
     X(paged_append, PagedAppend)                \
     X(paged_attention, PagedAttention)          \
+    X(turn_heads, TurnHeads)                    \
+    X(softmax_scores, SoftmaxScores)            \
+    X(softmax_scores_backward, SoftmaxScoresBackward) \
     X(linear, Linear)                           \
     X(packed_linear, PackedLinear)              \
     X(sample_tokens, SampleTokens)              \

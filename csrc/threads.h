@@ -12,21 +12,32 @@ const char* threading();
 // Calls task(context) on `threads` threads at once and waits for all.
 void on_threads(int threads, void (*task)(void*), void* context);
 
-// Calls body(piece) once for each of `pieces`, in any order, on at most `threads` threads.
+// Calls body(piece) once for each of `pieces`, in any order, on at most `threads` threads. Each thread begins with a share of its
+// own, the first with the first pieces, as torch's operators divide their work, so that a kernel mostly finds in a core's cache what
+// this core wrote before; then it helps the others.
+constexpr int MAX_SHARES = 64;
 template <class Body> static inline void parallel(int threads, int64_t pieces, const Body& body) {
     if (threads <= 1 || pieces <= 1) {
         for (int64_t i = 0; i < pieces; i++) body(i);
         return;
     }
+    struct alignas(64) Share {
+        int64_t next;
+    };
     struct Shared {
         const Body& body;
         int64_t pieces;
-        int64_t next;
-    } shared{body, pieces, 0};
+        int shares, arrived;
+        Share share[MAX_SHARES];
+    } shared{body, pieces, threads < MAX_SHARES ? threads : MAX_SHARES, 0, {}};
     // Always all threads: GNU OpenMP ends the threads that a smaller team leaves over, and starting one takes far longer than
     // finding nothing to do.
     on_threads(threads, [](void* context) {
         Shared& s = *static_cast<Shared*>(context);
-        for (int64_t i; (i = __atomic_fetch_add(&s.next, 1, __ATOMIC_RELAXED)) < s.pieces;) s.body(i);
+        int mine = __atomic_fetch_add(&s.arrived, 1, __ATOMIC_RELAXED);
+        for (int k = 0; k < s.shares; k++) {
+            int64_t which = (mine + k) % s.shares, begin = s.pieces * which / s.shares, end = s.pieces * (which + 1) / s.shares;
+            for (int64_t i; (i = begin + __atomic_fetch_add(&s.share[which].next, 1, __ATOMIC_RELAXED)) < end;) s.body(i);
+        }
     }, &shared);
 }

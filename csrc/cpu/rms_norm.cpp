@@ -25,9 +25,12 @@ static const float* as_floats(const void* p, Type type, int64_t count, Workspace
     return converted.data;
 }
 
-template <class T> static void forward(const RmsNormForward& a) {
-    const T *x = static_cast<const T*>(a.x), *residual = static_cast<const T*>(a.residual);
-    T *y = static_cast<T*>(a.y), *h = static_cast<T*>(a.h);
+// T: of x and h; R: of the residual; Y: of y.
+template <class T, class R, class Y> static void forward(const RmsNormForward& a) {
+    const T* x = static_cast<const T*>(a.x);
+    const R* residual = static_cast<const R*>(a.residual);
+    Y* y = static_cast<Y*>(a.y);
+    T* h = static_cast<T*>(a.h);
     Workspace converted(a.features);
     const float* weight = as_floats(a.weight, a.weight_type, a.features, converted);
     int64_t piece_rows = GRAIN / 4 / a.features + 1;
@@ -54,9 +57,11 @@ template <class T> static void forward(const RmsNormForward& a) {
     });
 }
 
-template <class T> static void backward(const RmsNormBackward& a) {
-    const T *h = static_cast<const T*>(a.h), *dy = static_cast<const T*>(a.dy), *dh_in = static_cast<const T*>(a.dh_in);
+template <class T, class R, class Y> static void backward(const RmsNormBackward& a) {
+    const T *h = static_cast<const T*>(a.h), *dh_in = static_cast<const T*>(a.dh_in);
+    const Y* dy = static_cast<const Y*>(a.dy);
     T* dh = static_cast<T*>(a.dh);
+    R* dresidual = static_cast<R*>(a.dresidual);
     Workspace converted(a.features);
     const float* weight = as_floats(a.weight, a.weight_type, a.features, converted);
     int64_t blocks = (a.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
@@ -68,7 +73,8 @@ template <class T> static void backward(const RmsNormBackward& a) {
         for (int64_t c = 0; c < 2 * a.features; c++) total[c] = 0.0f;
         int64_t end = (slab + 1) * slab_rows < a.rows ? (slab + 1) * slab_rows : a.rows;
         for (int64_t r = slab * slab_rows; r < end; r++) {
-            const T *value = h + r * a.h_stride, *down = dy + r * a.dy_stride;
+            const T* value = h + r * a.h_stride;
+            const Y* down = dy + r * a.dy_stride;
             float sums[2];  // of squares, and of products with the gradient
             sum_row(a.features, [&](int64_t c, int64_t count, Float (&out)[2]) INLINE_LAMBDA {
                 Float v = take(value + c, count);
@@ -82,6 +88,7 @@ template <class T> static void backward(const RmsNormBackward& a) {
                 Float d = root * (g * take(weight + c, count) - v * pull);
                 if (dh_in != nullptr) d += take(dh_in + r * a.dh_in_stride + c, count);
                 give(dh + r * a.features + c, d, count);
+                if (dresidual != nullptr) give(dresidual + r * a.features + c, d, count);
                 give(block + c, take(block + c, count) + g * v * root, count);
             });
             if ((r + 1) % BLOCK_ROWS == 0 || r + 1 == end) {
@@ -102,11 +109,19 @@ template <class T> static void backward(const RmsNormBackward& a) {
 }  // namespace
 
 void rms_norm_forward(const RmsNormForward& a) {
-    a.type == Type::FLOAT32 ? forward<float>(a) : a.type == Type::BFLOAT16 ? forward<bf16>(a) : forward<fp16>(a);
+    if (a.type == Type::BFLOAT16) return forward<bf16, bf16, bf16>(a);
+    if (a.type == Type::FLOAT16) return forward<fp16, fp16, fp16>(a);
+    with_type(a.residual_type, [&](auto r) {
+        with_type(a.y_type, [&](auto y) { forward<float, decltype(r), decltype(y)>(a); });
+    });
 }
 
 void rms_norm_backward(const RmsNormBackward& a) {
-    a.type == Type::FLOAT32 ? backward<float>(a) : a.type == Type::BFLOAT16 ? backward<bf16>(a) : backward<fp16>(a);
+    if (a.type == Type::BFLOAT16) return backward<bf16, bf16, bf16>(a);
+    if (a.type == Type::FLOAT16) return backward<fp16, fp16, fp16>(a);
+    with_type(a.residual_type, [&](auto r) {
+        with_type(a.y_type, [&](auto y) { backward<float, decltype(r), decltype(y)>(a); });
+    });
 }
 
 }  // namespace PSANN_NAMESPACE

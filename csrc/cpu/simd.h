@@ -9,6 +9,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "../kernels.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -330,6 +332,23 @@ template <class T> INLINE void store(T* p, Float x, int64_t count) {
     store(lanes, x);
     for (int64_t i = 0; i < count; i++) p[i] = lanes[i];
 }
+#if defined(PSANN_AVX512)
+// A vector read back from single stores would wait for the last of them.
+INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+INLINE Short load_shorts(const void* p, int64_t count) { return (Short)_mm256_maskz_loadu_epi16(first_lanes(count), p); }
+INLINE void store_shorts(void* p, Short x, int64_t count) { _mm256_mask_storeu_epi16(p, first_lanes(count), (__m256i)x); }
+INLINE Float load(const float* p, int64_t count) { return (Float)_mm512_maskz_loadu_ps(first_lanes(count), p); }
+INLINE Float load(const bf16* p, int64_t count) { return widen_bf16(load_shorts(p, count)); }
+INLINE Float load(const fp16* p, int64_t count) { return widen_fp16(load_shorts(p, count)); }
+INLINE void store(float* p, Float x, int64_t count) { _mm512_mask_storeu_ps(p, first_lanes(count), (__m512)x); }
+INLINE void store(bf16* p, Float x, int64_t count) { store_shorts(p, narrow_bf16(x), count); }
+INLINE void store(fp16* p, Float x, int64_t count) { store_shorts(p, narrow_fp16(x), count); }
+#endif
+
+// body(t) with a t of the storage type.
+template <class Body> INLINE void with_type(Type type, const Body& body) {
+    type == Type::FLOAT32 ? body(float{}) : type == Type::BFLOAT16 ? body(bf16{}) : body(fp16{});
+}
 
 // 2 * WIDTH elements as two vectors. Widening bf16 costs least where one vector takes the even elements and the other the odd ones;
 // `place` says where element k of such a row then stands, so that the row's partner in a product can be laid out alike.
@@ -510,7 +529,7 @@ INLINE void put(fp16* p, float x) {
 // body(c, count) for each vector of [begin, end); count is WIDTH but for the last.
 template <class Body> INLINE void each_vector(int64_t begin, int64_t end, const Body& body) {
     int64_t c = begin;
-    for (; c + WIDTH <= end; c += WIDTH) body(c, WIDTH);
+    for (; c + WIDTH <= end; c += WIDTH) body(c, int64_t{WIDTH});
     if (c < end) body(c, end - c);
 }
 template <class T> INLINE Float take(const T* p, int64_t count) { return count == WIDTH ? load(p) : load(p, count); }

@@ -10,6 +10,7 @@ import torch
 from psann_kernels import (
     OPS, DampedSine, DampedSineMLP, paged_append, paged_attention, rms_norm, rope_attention, rotary_tables, wave_conv,
 )  # fmt: skip
+from psann_kernels.library import cast_dtype
 from psann_kernels.modules import is_plain_linear
 from psann_kernels.registry import Op, for_model
 from torch import Tensor, nn
@@ -95,8 +96,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.backend = for_model(backend, OPS["rms_norm"])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.scale, eps=self.eps, backend=self.backend)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """y, what the layers after it read, in the dtype of their products; with a residual (y, x + residual)."""
+        return rms_norm(x, self.scale, residual=residual, eps=self.eps, dtype=cast_dtype(x), backend=self.backend)
 
     def example_calls(self) -> ExampleCalls:
         yield OPS["rms_norm"], self.backend, (self.scale.new_empty(1, len(self.scale)), self.scale), {"eps": self.eps}

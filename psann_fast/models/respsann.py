@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from psann_kernels import OPS, scaled_add
+from psann_kernels.registry import for_model
 from torch import Tensor, nn
 
 from ..config import ModelConfig
 from .language_model import LanguageModel
-from .layers import Attention, CacheView, RMSNorm, SineMLP, Window
+from .layers import Attention, CacheView, ExampleCalls, RMSNorm, SineMLP, Window
 
 
 class ResPSANNBlock(nn.Module):
@@ -22,8 +24,20 @@ class ResPSANNBlock(nn.Module):
         self.alpha = nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor, where: Window | CacheView, layer: int) -> Tensor:
-        x = x + self.attn(self.norm1(x), where, layer)
-        return x + self.alpha * self.mlp(self.norm2(x))
+        return self._after(x, self.norm1(x), where, layer)
+
+    def _after(self, x: Tensor, normed: Tensor, where: Window | CacheView, layer: int) -> Tensor:
+        """The block from norm1's output on."""
+        normed, x = self.norm2(x, self.attn(normed, where, layer))
+        return scaled_add(x, self.mlp(normed), self.alpha, backend=self._add_backend)
+
+    @property
+    def _add_backend(self) -> str:
+        return for_model(self.norm1.backend, OPS["scaled_add"])
+
+    def example_calls(self) -> ExampleCalls:
+        x = self.alpha.new_empty(1, len(self.norm1.scale))
+        yield OPS["scaled_add"], self._add_backend, (x, x, self.alpha), {}
 
 
 def build(config: ModelConfig) -> LanguageModel:

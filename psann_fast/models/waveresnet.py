@@ -18,7 +18,8 @@ class WaveResNetBlock(ResPSANNBlock):
         self.wave = WaveBranch(config, layer)
 
     def forward(self, x: Tensor, where: Window | CacheView, layer: int) -> Tensor:
-        return super().forward(x + self.wave(x, where, layer), where, layer)
+        normed, x = self.norm1(x, self.wave(x, where, layer))
+        return self._after(x, normed, where, layer)
 
 
 def build(config: ModelConfig) -> LanguageModel:

@@ -80,12 +80,12 @@ static void sines(Type type, int64_t rows, int64_t features, int mode) {
 static void norms(Type type, Type weight_type, int64_t rows, int64_t features) {
     size_t n = static_cast<size_t>(rows * features), f = static_cast<size_t>(features);
     Buffer x(type, n, 0.25, 2), r(type, n, 0.25, 2), weight(weight_type, f, 0.5, 2), y(type, n, 0, 0), h(type, n, 0, 0);
-    Buffer dx(type, n, 0, 0), dweight(Type::FLOAT32, f, 0, 0);
+    Buffer dx(type, n, 0, 0), dresidual(type, n, 0, 0), dweight(Type::FLOAT32, f, 0, 0);
     rms_norm_forward({x.data, r.data, weight.data, y.data, h.data, rows, features, features, features, 1e-6f, type, weight_type,
-        2});
-    rms_norm_backward({h.data, x.data, r.data, weight.data, dx.data, dweight.floats(), rows, features, features, features, features,
-        1e-6f, type, weight_type, 2});
-    y.print(), h.print(), dx.print(), dweight.print();
+        type, type, 2});
+    rms_norm_backward({h.data, x.data, r.data, weight.data, dx.data, dresidual.data, dweight.floats(), rows, features, features,
+        features, features, 1e-6f, type, weight_type, type, type, 2});
+    y.print(), h.print(), dx.print(), dresidual.print(), dweight.print();
 }
 
 static void waves(Type type, int64_t rows, int64_t tokens, int64_t features, int64_t taps, int64_t dilation, bool has_state) {

@@ -165,7 +165,9 @@ def test_three_witnesses_in_half_precision(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_three_witnesses_of_short_windows_in_pieces(dtype, monkeypatch):
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_three_witnesses_of_short_windows_in_pieces(backend, dtype, monkeypatch):
+    serving(backend, dtype)
     # Blocks of few queries, and few rows of the batch at a time, with every kind of bias.
     dense = importlib.import_module("psann_kernels.rope_attention_dense")
     monkeypatch.setattr(dense, "QUERIES", 16)
@@ -177,8 +179,9 @@ def test_three_witnesses_of_short_windows_in_pieces(dtype, monkeypatch):
         Case(18, 16, batch=3, keys=50, heads=(2, 2), rotary="halves", dtype=dtype),
     ]
     assert all(dense.serves(case.q, case.k) for case in cases)
-    assert len(list(dense._pieces(cases[0].q.shape, cases[0].k.shape))) == 9
-    judge("torch", cases)
+    queries, keys = dense.by_key_head(cases[0].q, 2), cases[0].k.transpose(1, 2)
+    assert len(list(dense.pieces(queries.shape, keys.shape))) == 9
+    judge(backend, cases)
 
 
 def test_short_windows_are_theirs_whatever_the_default_dtype_and_device():

@@ -12,6 +12,7 @@ from . import linear_cross_entropy_chunks as _linear_cross_entropy_chunks  # noq
 from . import paged_attention as _paged_attention
 from . import rms_norm as _rms_norm
 from . import rope_attention as _rope_attention
+from . import scaled_add as _scaled_add
 from . import wave_conv as _wave_conv
 from .damped_sine import damped_sine
 from .damped_sine_mlp import damped_sine_mlp, linear_damped_sine
@@ -24,6 +25,7 @@ from .native import attach as attach_native
 from .registry import BACKENDS, OPS, BackendError, attach, explain
 from .rms_norm import rms_norm
 from .rope_attention import rope_attention, rotary_tables, rotate
+from .scaled_add import scaled_add
 from .self_test import self_test
 from .wave_conv import wave_conv, wave_state
 
@@ -49,6 +51,8 @@ attach_native(
         "paged_append_native": _paged_attention.APPEND,
         "paged_attention_native": _paged_attention.ATTENTION,
         "rms_norm_native": _rms_norm.OP,
+        "rope_attention_native": _rope_attention.OP,
+        "scaled_add_native": _scaled_add.OP,
         "wave_conv_native": _wave_conv.OP,
     }
 )
@@ -78,6 +82,7 @@ __all__ = [
     "rope_attention",
     "rotary_tables",
     "rotate",
+    "scaled_add",
     "self_test",
     "wave_conv",
     "wave_state",

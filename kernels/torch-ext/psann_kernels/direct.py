@@ -15,7 +15,7 @@ from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_d
 from torch.autograd import _profiler_enabled, forward_ad
 
 TENSORS = (Tensor, torch.nn.Parameter)
-OTHERS = (bool, int, float, str)
+OTHERS = (bool, int, float, str, torch.dtype)
 
 
 def shortcut(

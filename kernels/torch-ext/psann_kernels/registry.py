@@ -49,6 +49,7 @@ class Op:
         self.name, self._is_suspect = name, is_suspect
         self.implementations: dict[str, Implementation] = {}
         self.unavailable: dict[str, str] = {}
+        self.partial: set[str] = set()
         self._faults: dict[tuple[str, torch.device], str] = {}
         OPS[name] = self
 
@@ -57,8 +58,13 @@ class Op:
         self.implementations["torch"] = Implementation(function, _serves_everything)
         return function
 
-    def offer(self, backend: str, refuses: Callable[..., str | None]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register a faster implementation. `refuses(*args, **kwargs)` returns None or a sentence saying why not."""
+    def offer(
+        self, backend: str, refuses: Callable[..., str | None], is_partial: bool = False
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register a faster implementation. `refuses(*args, **kwargs)` returns None or a sentence saying why not. is_partial: it is
+        made for some kinds of calls, and a model that names the backend has the others served as under "auto"."""
+        if is_partial:
+            self.partial.add(backend)
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             self.implementations[backend] = Implementation(function, refuses)
@@ -133,8 +139,8 @@ def check_backend(backend: str, where: str) -> None:
 
 
 def for_model(backend: str, op: Op) -> str:
-    """What `backend=` on a model means for one op: that backend if it implements the op at all, otherwise "auto"."""
-    return backend if backend == "auto" or op.has(backend) else "auto"
+    """What `backend=` on a model means for one op: that backend if it implements the op, and not in part, otherwise "auto"."""
+    return backend if backend == "auto" or (op.has(backend) and backend not in op.partial) else "auto"
 
 
 def explain(subject: str | torch.nn.Module, *args: Any, **kwargs: Any) -> list[dict[str, str]]:
@@ -178,8 +184,8 @@ def _chosen(op: Op, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     for name, reason in op.explain(*args, **kwargs):
         if reason is None:
             why = "; ".join(passed_over) or "first in the order of auto"
-            if backend != "auto":
-                why = f"{backend} does not implement {op.name}; {why}"
+            if backend not in ("auto", name):
+                why = f"{backend} does not implement {op.name}{' as a whole' if op.has(backend) else ''}; {why}"
             return {"op": op.name, "backend": name, "serves": "yes", "reason": why}
         passed_over.append(f"{name}: {reason}")
     raise AssertionError(f"{op.name} has no specification")

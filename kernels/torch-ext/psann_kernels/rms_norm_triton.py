@@ -177,17 +177,15 @@ def tile(features: int) -> tuple[int, int, int]:
     return block_r, block_f, min(16, max(4, block_r * block_f // 512))
 
 
-def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _launch_forward(x, None, weight, eps)[0]
+def _forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return _add_forward(x, None, weight, eps, dtype)[0]
 
 
-def _add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _launch_forward(x, residual, weight, eps)
-
-
-def _launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    h = y if residual is None else torch.empty_like(y)
+def _add_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    h = y if residual is None else torch.empty_like(y, dtype=x.dtype)
     if x.numel() == 0:
         return y, h
     x_rows = as_rows(x)
@@ -240,16 +238,17 @@ def _backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, eps: flo
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.eps = inputs
+    x, weight, ctx.eps, _ = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *rms_norm_triton_backward(dy, None, *ctx.saved_tensors, ctx.eps), None
+    return *rms_norm_triton_backward(dy, None, *ctx.saved_tensors, ctx.eps), None, None
 
 
 def _add_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, weight, ctx.eps = inputs
+    _, residual, weight, ctx.eps, _ = inputs
+    ctx.dtype = residual.dtype
     # A gradient that nobody sent stays None, so that it is not read.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], weight)
@@ -257,9 +256,9 @@ def _add_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _add_differentiate(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return dh, dh, None, None
+        return dh, None if dh is None else dh.to(ctx.dtype), None, None, None
     dx, dweight = rms_norm_triton_backward(dy, dh, *ctx.saved_tensors, ctx.eps)
-    return dx, dx, dweight, None
+    return dx, dx.to(ctx.dtype), dweight, None, None
 
 
 rms_norm_triton_backward = define(
@@ -268,30 +267,31 @@ rms_norm_triton_backward = define(
     lambda dy, dh, h, weight, eps: (h.new_empty(h.shape), weight.new_empty(weight.shape)),
 )
 rms_norm_triton = define(
-    "rms_norm_triton(Tensor x, Tensor weight, float eps) -> Tensor",
+    "rms_norm_triton(Tensor x, Tensor weight, float eps, ScalarType dtype) -> Tensor",
     _forward,
-    lambda x, weight, eps: x.new_empty(x.shape),
+    lambda x, weight, eps, dtype: x.new_empty(x.shape, dtype=dtype),
     _differentiate,
     _setup_context,
 )
 add_rms_norm_triton = define(
-    "add_rms_norm_triton(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    "add_rms_norm_triton(Tensor x, Tensor residual, Tensor weight, float eps, ScalarType dtype) -> (Tensor, Tensor)",
     _add_forward,
-    lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    lambda x, residual, weight, eps, dtype: (x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape)),
     _add_differentiate,
     _add_setup_context,
 )
 
 
-def refuses(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, eps: float = 1e-6) -> str | None:
+def refuses(x: Tensor, weight: Tensor, **options: Any) -> str | None:
     return refuses_device(x) or refuses_dtype("x", x)
 
 
 @OP.offer("triton", refuses)
-def _serve(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, eps: float = 1e-6) -> Tensor | tuple[Tensor, Tensor]:
-    if residual is None:
-        return rms_norm_triton(x, weight, eps)
-    return add_rms_norm_triton(x, residual, weight, eps)
+def _serve(
+    x: Tensor, weight: Tensor, *, residual: Tensor | None = None, eps: float = 1e-6, dtype: torch.dtype | None = None
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    dtype = dtype or x.dtype
+    return rms_norm_triton(x, weight, eps, dtype) if residual is None else add_rms_norm_triton(x, residual, weight, eps, dtype)
 
 
 def configurations() -> list[Configuration]:

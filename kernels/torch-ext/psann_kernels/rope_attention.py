@@ -110,8 +110,7 @@ def reference(
     query = key[keys - queries :]
     first = torch.zeros_like(query).unsqueeze(0)  # of the query's document; (1 or B, Tq)
     if cu_seqlens is not None:
-        start, _ = document_bounds(cu_seqlens, batch * keys, row_length=keys)
-        first = (start.view(batch, keys) - keys * torch.arange(batch, device=q.device).unsqueeze(1)).long()
+        first = document_first(cu_seqlens, batch, keys)
     turns = None
     if cos is not None:
         is_packed = cu_seqlens is not None
@@ -139,6 +138,12 @@ def reference(
         return dense.attend(q, k, v, turns, bias, softmax_scale)
     wide = (t.to(bias.dtype) for t in (q, k, v))
     return _attend(*wide, attn_mask=bias, scale=softmax_scale).to(dtype)
+
+
+def document_first(cu_seqlens: Tensor, batch: int, keys: int) -> Tensor:
+    """(batch, keys) int64: for each place of a row, the place in it where its document begins."""
+    start, _ = document_bounds(cu_seqlens, batch * keys, row_length=keys)
+    return start.view(batch, keys).long() - keys * torch.arange(batch, device=cu_seqlens.device).unsqueeze(1)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:

@@ -9,7 +9,7 @@ attention kernels for GPUs. Kept for backward: those and the turned inputs, so m
 
 from __future__ import annotations
 
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -61,21 +61,22 @@ class _Attend(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, turn_q: Tensor | None, turn_k: Tensor | None, bias: Tensor, scale: float
     ) -> Tensor:  # fmt: skip
-        narrow, kept = product_dtype(v.dtype), []
+        narrow = product_dtype(v.dtype)
         kv_heads = k.shape[2]
         o = torch.empty(q.shape, dtype=v.dtype, device=q.device)
         with without_autocast(q.device):
-            queries = _turn(_copy(_by_key_head(q, kv_heads), torch.float32), turn_q, scale)
+            queries = _turn(_copy(by_key_head(q, kv_heads), torch.float32), turn_q, scale)
             keys = _turn(_copy(k.transpose(1, 2), torch.float32), turn_k, 1.0)
             values = _copy(v.transpose(1, 2), narrow)
-            outs = _by_key_head(o, kv_heads)
-            for rows, block, seen in _pieces(q.shape, k.shape):
-                scores = torch.bmm(_rows(queries[rows, :, :, block]), keys[rows, :, seen].flatten(0, 1).mT)
-                scores.view(*outs[rows, :, :, block].shape[:-1], -1).add_(_part(bias, kv_heads, rows, block, seen))
-                p = torch.softmax(scores, -1).to(narrow)
-                out = outs[rows, :, :, block]
-                out.copy_(torch.bmm(p, values[rows, :, seen].flatten(0, 1)).view(out.shape))
-                kept.append(p)
+            outs = by_key_head(o, kv_heads)
+
+            def probabilities(scores: Tensor, *piece: slice) -> Tensor:
+                return torch.softmax(scores.add_(_part(bias, kv_heads, *piece)), -1).to(narrow)
+
+            def put(out: Tensor, rows: slice, block: slice) -> None:
+                outs[rows, :, :, block] = out
+
+            kept = forward_products(queries, keys, values, probabilities, put)
         if any(ctx.needs_input_grad):
             ctx.scale, ctx.shapes, ctx.dtypes = scale, (q.shape, k.shape), (q.dtype, k.dtype, v.dtype)
             ctx.save_for_backward(queries.to(narrow), keys.to(narrow), values, turn_q, turn_k, *kept)
@@ -88,43 +89,94 @@ class _Attend(torch.autograd.Function):
         queries, keys, values, turn_q, turn_k, *kept = ctx.saved_tensors
         (q_shape, k_shape), narrow = ctx.shapes, values.dtype
         with without_autocast(do.device):
-            douts = _copy(_by_key_head(do, k_shape[2]), narrow)
-            dqueries, dkeys, dvalues = (torch.empty_like(t, dtype=torch.float32) for t in (queries, keys, values))
-            for (rows, block, seen), p in zip(_pieces(q_shape, k_shape), kept):
-                dout, query = _rows(douts[rows, :, :, block]), _rows(queries[rows, :, :, block])
-                dp = torch.bmm(dout, values[rows, :, seen].flatten(0, 1).mT)
-                dscores = torch._softmax_backward_data(dp, p, -1, narrow)
-                dquery, dkey, dvalue = dqueries[rows, :, :, block], dkeys[rows, :, seen], dvalues[rows, :, seen]
-                dquery.copy_(torch.bmm(dscores, keys[rows, :, seen].flatten(0, 1)).view(dquery.shape))
-                # The first block sees every key, and later ones add to it.
-                add = Tensor.copy_ if block.stop == q_shape[1] else Tensor.add_
-                add(dkey, torch.bmm(dscores.mT, query).view(dkey.shape))
-                add(dvalue, torch.bmm(p.mT, dout).view(dvalue.shape))
+            douts = _copy(by_key_head(do, k_shape[2]), narrow)
+
+            def differentiate(p: Tensor, dp: Tensor, *_: slice) -> Tensor:
+                return torch._softmax_backward_data(dp, p, -1, narrow)
+
+            gradients = backward_products(douts, queries, keys, values, kept, differentiate)
+            dqueries, dkeys, dvalues = (t.to(torch.float32) for t in gradients)
             shapes = zip((q_shape, k_shape, k_shape), ctx.dtypes)
             dq, dk, dv = (torch.empty(shape, dtype=dtype, device=do.device) for shape, dtype in shapes)
             back_q, back_k = (None if turn is None else turn.conj_physical() for turn in (turn_q, turn_k))
-            _by_key_head(dq, k_shape[2]).copy_(_turn(dqueries, back_q, ctx.scale))
+            by_key_head(dq, k_shape[2]).copy_(_turn(dqueries, back_q, ctx.scale))
             dk.transpose(1, 2).copy_(_turn(dkeys, back_k, 1.0))
             dv.transpose(1, 2).copy_(dvalues)
         return dq, dk, dv, None, None, None, None
 
 
-def _pieces(q_shape: torch.Size, k_shape: torch.Size) -> Iterator[tuple[slice, slice, slice]]:
-    """Rows of the batch, a block of their queries, and the keys that it may see; the newest queries first."""
-    (batch, queries, heads, _), keys = q_shape, k_shape[1]
-    at_once = max(1, SCORES_AT_ONCE // (heads * min(queries, QUERIES) * keys))
+Probabilities = Callable[[Tensor, slice, slice, slice], Tensor]
+Derivative = Callable[[Tensor, Tensor, slice, slice, slice], Tensor]
+
+
+def forward_products(
+    queries: Tensor, keys: Tensor, values: Tensor, probabilities: Probabilities, put: Callable[[Tensor, slice, slice], None]
+) -> list[Tensor]:  # fmt: skip
+    """The products of attention, piece by piece.
+
+    queries        (B, Hkv, G, Tq, D)  bear the scores' scale
+    keys, values   (B, Hkv, Tk, D)
+    probabilities  of scores (rows, Hkv, G, block, seen), theirs to overwrite, of a piece, in the dtype of values
+    put            takes what the probabilities make of the values, (rows, Hkv, G, block, D), to its place
+
+    Returns the pieces' probabilities, for backward_products.
+    """
+    kept = []
+    for rows, block, seen in pieces(queries.shape, keys.shape):
+        query = queries[rows, :, :, block]
+        scores = torch.bmm(_rows(query), keys[rows, :, seen].flatten(0, 1).mT)
+        p = probabilities(scores.view(*query.shape[:-1], -1), rows, block, seen)
+        put(torch.bmm(_rows(p), values[rows, :, seen].flatten(0, 1)).view(query.shape), rows, block)
+        kept.append(p)
+    return kept
+
+
+def backward_products(
+    douts: Tensor, queries: Tensor, keys: Tensor, values: Tensor, kept: Sequence[Tensor], differentiate: Derivative
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of queries, keys and values, shaped as those; in their dtype, or in float32 where they are sums of pieces.
+
+    douts          (B, Hkv, G, Tq, D)  the output's gradient
+    kept           what forward_products returned
+    differentiate  (p, dp, *piece) -> the gradient of a piece's scores, in p's dtype; dp is its to overwrite
+    """
+    cuts = list(pieces(queries.shape, keys.shape))
+    sums = None if len(cuts) == 1 else tuple(torch.empty_like(t, dtype=torch.float32) for t in (queries, keys, values))
+    for (rows, block, seen), p in zip(cuts, kept):
+        dout, query, key = _rows(douts[rows, :, :, block]), _rows(queries[rows, :, :, block]), keys[rows, :, seen]
+        dp = torch.bmm(dout, values[rows, :, seen].flatten(0, 1).mT)
+        dscores, p = _rows(differentiate(p, dp.view(p.shape), rows, block, seen)), _rows(p)
+        found = torch.bmm(dscores, key.flatten(0, 1)), torch.bmm(dscores.mT, query), torch.bmm(p.mT, dout)
+        if sums is None:
+            return tuple(t.view(like.shape) for t, like in zip(found, (queries, keys, values)))
+        dquery, dkey, dvalue = sums[0][rows, :, :, block], sums[1][rows, :, seen], sums[2][rows, :, seen]
+        dquery.copy_(found[0].view(dquery.shape))
+        # The first block sees every key, and later ones add to it.
+        add = Tensor.copy_ if block.stop == queries.shape[3] else Tensor.add_
+        add(dkey, found[1].view(dkey.shape))
+        add(dvalue, found[2].view(dvalue.shape))
+    return sums
+
+
+def pieces(q_shape: torch.Size, k_shape: torch.Size) -> Iterator[tuple[slice, slice, slice]]:
+    """Rows of the batch, a block of their queries, and the keys that it may see; the newest queries first.
+
+    q_shape, k_shape   (B, Hkv, G, Tq, D), (B, Hkv, Tk, D)
+    """
+    (batch, kv_heads, group, queries, _), keys = q_shape, k_shape[2]
+    at_once = max(1, SCORES_AT_ONCE // (kv_heads * group * min(queries, QUERIES) * keys))
     for first in range(0, batch, at_once):
         for end in range(queries, 0, -QUERIES):
-            yield slice(first, first + at_once), slice(max(0, end - QUERIES), end), slice(0, keys - queries + end)
+            yield slice(first, min(batch, first + at_once)), slice(max(0, end - QUERIES), end), slice(0, keys - queries + end)
 
 
-def _by_key_head(t: Tensor, kv_heads: int) -> Tensor:
+def by_key_head(t: Tensor, kv_heads: int) -> Tensor:
     """t (B, Tq, H, D) seen as (B, Hkv, H / Hkv, Tq, D)."""
     return t.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
 
 
 def _rows(t: Tensor) -> Tensor:
-    """(rows, Hkv, H / Hkv, block, D) as (rows * Hkv, H / Hkv * block, D)."""
+    """(rows, Hkv, G, block, D or seen) as (rows * Hkv, G * block, D or seen)."""
     return t.reshape(t.shape[0] * t.shape[1], -1, t.shape[-1])
 
 
