@@ -151,6 +151,10 @@ inline SampleTokens sample_tokens(uintptr_t logits, uintptr_t temperature, uintp
 // One address for each matrix. The kernel reads the caller's own list.
 using Addresses = const std::vector<uintptr_t>&;
 
+inline TotalNorm total_norm(Addresses tensors, const std::vector<int64_t>& sizes, uintptr_t norm) {
+    return {tensors.data(), sizes.data(), at<float>(norm), static_cast<int64_t>(tensors.size()), 0};
+}
+
 inline MuonPrepare muon_prepare(Addresses gradients, Addresses momenta, uintptr_t x, int64_t rows, int64_t columns, double momentum,
                                 float least, int type) {
     return {gradients.data(), momenta.data(), at<void>(x), static_cast<int64_t>(gradients.size()), rows, columns, momentum, least,

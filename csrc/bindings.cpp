@@ -51,6 +51,7 @@ PYBIND11_MODULE(_native, m) {
     PSANN_BIND(linear, Linear)
     PSANN_BIND(packed_linear, PackedLinear)
     PSANN_BIND(sample_tokens, SampleTokens)
+    PSANN_BIND(total_norm, TotalNorm)
     PSANN_BIND(muon_prepare, MuonPrepare)
     PSANN_BIND(muon_bound, MuonBound)
     PSANN_BIND(muon_apply, MuonApply)

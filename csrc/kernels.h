@@ -209,6 +209,15 @@ struct SampleTokens {
     int threads;
 };
 
+// The root of the sum of the squares of all elements of `count` tensors, each contiguous.
+struct TotalNorm {
+    const uintptr_t* tensors;
+    const int64_t* sizes;  // elements of each
+    float* norm;           // (1)
+    int64_t count;
+    int threads;
+};
+
 // n matrices (rows, columns) of floats, contiguous, each where its address says. m += (g - m) * (1 - momentum) in place, and
 // x (n, min(rows, columns), max(rows, columns)) contiguous: u = m + (g - m) * (1 - momentum), transposed where rows > columns, over
 // its Frobenius norm, or over `least` if that is more.
@@ -258,6 +267,7 @@ struct MuonApply {
     X(linear, Linear)                           \
     X(packed_linear, PackedLinear)              \
     X(sample_tokens, SampleTokens)              \
+    X(total_norm, TotalNorm)                    \
     X(muon_prepare, MuonPrepare)                \
     X(muon_bound, MuonBound)                    \
     X(muon_apply, MuonApply)

@@ -8,6 +8,7 @@ from typing import Callable, Iterable
 
 import torch
 from psann_kernels.library import cpu_has_bf16
+from psann_kernels.native import serves_lists
 from torch import Tensor, nn
 
 from . import muon_native
@@ -77,7 +78,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
         momenta = [self.state[p]["momentum_buffer"] for p in members]
         decay, scale = lr * weight_decay, 0.2 * lr * math.sqrt(max(members[0].shape))
-        if self.found_inf is None and muon_native.serves(members, gradients, momenta):
+        if self.found_inf is None and serves_lists(members, gradients, momenta):
             self._step_natively(members, gradients, momenta, decay, scale)
             return
         taken = None if self.found_inf is None else 1 - self.found_inf

@@ -10,22 +10,8 @@ from __future__ import annotations
 from typing import Sequence
 
 import torch
-from psann_kernels.direct import TENSORS
-from psann_kernels.native import NATIVE, TYPES, launch
+from psann_kernels.native import TYPES, addresses, launch
 from torch import Tensor
-
-
-def serves(*lists: Sequence[Tensor]) -> bool:
-    """Whether the kernels can take these tensors as they lie: plain contiguous float32 on a CPU."""
-    return (
-        NATIVE is not None
-        and not torch.compiler.is_compiling()
-        and all(
-            type(t) in TENSORS and t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() and not t.is_neg()
-            for tensors in lists
-            for t in tensors
-        )
-    )
 
 
 def prepare(gradients: Sequence[Tensor], momenta: Sequence[Tensor], x: Tensor, momentum: float, least: float) -> None:
@@ -39,7 +25,7 @@ def prepare(gradients: Sequence[Tensor], momenta: Sequence[Tensor], x: Tensor, m
     if x.numel():
         launch(
             "muon_prepare", x,
-            _addresses(gradients), _addresses(momenta), x.data_ptr(), *gradients[0].shape, momentum, least, TYPES[x.dtype],
+            addresses(gradients), addresses(momenta), x.data_ptr(), *gradients[0].shape, momentum, least, TYPES[x.dtype],
         )  # fmt: skip
         torch.autograd.graph.increment_version(momenta)
 
@@ -54,9 +40,5 @@ def bound(x: Tensor, gram: Tensor, least: float) -> tuple[Tensor, Tensor]:
 def apply(parameters: Sequence[Tensor], x: Tensor, keep: float, scale: float) -> None:
     """Each parameter = keep * itself - scale * its matrix of x, which lies as `prepare` writes it."""
     if x.numel():
-        launch("muon_apply", x, _addresses(parameters), x.data_ptr(), *parameters[0].shape, keep, scale, TYPES[x.dtype])
+        launch("muon_apply", x, addresses(parameters), x.data_ptr(), *parameters[0].shape, keep, scale, TYPES[x.dtype])
         torch.autograd.graph.increment_version(parameters)
-
-
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [t.data_ptr() for t in tensors]

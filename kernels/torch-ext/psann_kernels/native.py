@@ -18,7 +18,7 @@ import importlib
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -115,6 +115,24 @@ def launch(name: str, t: Tensor, *numbers: Any, scratch: Callable[[ModuleType], 
 def address(t: Tensor | None) -> int:
     """Where t's first element lies; None is 0, which the kernels read as absent."""
     return 0 if t is None else t.data_ptr()
+
+
+def serves_lists(*lists: Sequence[Tensor]) -> bool:
+    """Whether kernels that take lists of addresses can take these tensors as they lie: plain contiguous float32 on a CPU."""
+    return (
+        NATIVE is not None
+        and not torch.compiler.is_compiling()
+        and all(
+            type(t) in (Tensor, torch.nn.Parameter) and t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() and not t.is_neg()
+            for tensors in lists
+            for t in tensors
+        )
+    )
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Where the first element of each lies."""
+    return [t.data_ptr() for t in tensors]
 
 
 def as_rows(t: Tensor) -> Tensor:
