@@ -129,6 +129,13 @@ inline SoftmaxScoresBackward softmax_scores_backward(const ScoresNumbers& of, ui
     return {scores(of), at<void>(p), at<void>(dp), static_cast<Type>(type), 0};
 }
 
+inline CrossEntropy cross_entropy(uintptr_t logits, uintptr_t targets, uintptr_t losses, uintptr_t dloss, int64_t rows,
+                                  int64_t classes, int64_t ignore_index, float label_smoothing, float z_loss, float soft_cap,
+                                  bool wants_gradient, int type) {
+    return {at<void>(logits), at<int64_t>(targets), at<float>(losses), at<float>(dloss), rows, classes, ignore_index,
+            label_smoothing, z_loss, soft_cap, wants_gradient, static_cast<Type>(type), 0};
+}
+
 inline Linear linear(uintptr_t x, uintptr_t weight, uintptr_t scale, uintptr_t bias, uintptr_t y, int64_t rows, int64_t inputs,
                      int64_t outputs, int64_t x_stride, int64_t weight_stride, int type, int weight_type) {
     return {at<void>(x), at<void>(weight), at<float>(scale), at<float>(bias), at<void>(y), rows, inputs, outputs, x_stride,

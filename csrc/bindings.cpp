@@ -48,6 +48,7 @@ PYBIND11_MODULE(_native, m) {
     PSANN_BIND(turn_heads, TurnHeads)
     PSANN_BIND(softmax_scores, SoftmaxScores)
     PSANN_BIND(softmax_scores_backward, SoftmaxScoresBackward)
+    PSANN_BIND(cross_entropy, CrossEntropy)
     PSANN_BIND(linear, Linear)
     PSANN_BIND(packed_linear, PackedLinear)
     PSANN_BIND(sample_tokens, SampleTokens)

@@ -175,6 +175,19 @@ struct SoftmaxScoresBackward {
     int threads;
 };
 
+// losses (rows) of logits (rows, classes) contiguous, which become their gradient where that is wanted.
+struct CrossEntropy {
+    void* logits;
+    const int64_t* targets;  // each below classes, or ignore_index
+    float* losses;
+    const float* dloss;  // (rows), what the gradient is multiplied by, or null: 1
+    int64_t rows, classes, ignore_index;
+    float label_smoothing, z_loss, soft_cap;  // soft_cap 0: none
+    bool wants_gradient;
+    Type type;  // of the logits
+    int threads;
+};
+
 // y (rows, outputs) = x (rows, inputs) weight^T * scale + bias, summed in float.
 struct Linear {
     const void *x, *weight;
@@ -264,6 +277,7 @@ struct MuonApply {
     X(turn_heads, TurnHeads)                    \
     X(softmax_scores, SoftmaxScores)            \
     X(softmax_scores_backward, SoftmaxScoresBackward) \
+    X(cross_entropy, CrossEntropy)              \
     X(linear, Linear)                           \
     X(packed_linear, PackedLinear)              \
     X(sample_tokens, SampleTokens)              \

@@ -68,13 +68,6 @@ template <class T> INLINE void join_pairs(T* p, int64_t count, Float a, Float b)
     for (int64_t i = 0; i < 2 * count; i++) p[i] = lanes[i];
 }
 
-// 0, 1, 2, ...
-INLINE Int lanes() {
-    Int x;
-    for (int i = 0; i < WIDTH; i++) x[i] = i;
-    return x;
-}
-
 template <class In, class Out> static void turn(const TurnHeads& a) {
     int64_t half = a.head_dim / 2, per_token = a.heads * a.head_dim, tokens = a.batch * a.tokens;
     int64_t piece_tokens = PIECE / per_token + 1;
@@ -158,20 +151,16 @@ template <class T> static void softmax(const SoftmaxScores& a) {
         }
         Float highest = all(s[from]);
         each_vector(from, to, [&](int64_t c, int64_t count) INLINE_LAMBDA {
-            Float x = take(s + c, count);
-            highest = max(count == WIDTH ? x : lanes() < static_cast<int>(count) ? x : highest, highest);
+            highest = max(first_of(take(s + c, count), highest, count), highest);
         });
         float largest = maximum_of_every<1>(highest)[0];
         Float total = {};
-        Int is_number = {};
-        is_number = ~is_number;
+        Int is_number = every_bit();
         each_vector(from, to, [&](int64_t c, int64_t count) INLINE_LAMBDA {
-            Float below = take(s + c, count) - largest;
-            Int is_inside = lanes() < static_cast<int>(count);
+            Float below = first_of(take(s + c, count) - largest, all(-INFINITY), count);
             // NaN, and infinity less infinity, differ from themselves; the exponential would lose them.
-            is_number &= (below == below) | ~is_inside;
+            is_number &= below == below;
             Float part = exp2_product_any(min(below, Float{}), all(LOG2_E));
-            part = is_inside ? part : Float{};
             give(e + c, part, count);
             total += part;
         });

@@ -535,6 +535,18 @@ template <class Body> INLINE void each_vector(int64_t begin, int64_t end, const 
 template <class T> INLINE Float take(const T* p, int64_t count) { return count == WIDTH ? load(p) : load(p, count); }
 template <class T> INLINE void give(T* p, Float x, int64_t count) { count == WIDTH ? store(p, x) : store(p, x, count); }
 
+// 0, 1, 2, ...
+INLINE Int lane_numbers() {
+    Int x;
+    for (int i = 0; i < WIDTH; i++) x[i] = i;
+    return x;
+}
+INLINE Int every_bit() { return ~Int{}; }
+// The first `count` lanes of x, the rest of `others`.
+INLINE Float first_of(Float x, Float others, int64_t count) {
+    return count == WIDTH ? x : lane_numbers() < static_cast<int>(count) ? x : others;
+}
+
 // Sums over a row of what term(c, count, out) gives for each vector. Four partial sums each, so that one's latency is hidden behind
 // the others.
 template <int N, class Term> INLINE void sum_row(int64_t features, const Term& term, float (&result)[N]) {

@@ -47,6 +47,7 @@ attach(__name__, "gluon", "triton", {"rope_attention_gluon": (_rope_attention.OP
 attach_native(
     {
         "damped_sine_native": _damped_sine.OP,
+        "linear_cross_entropy_native": _linear_cross_entropy.OP,
         "linear_native": _linear.OP,
         "paged_append_native": _paged_attention.APPEND,
         "paged_attention_native": _paged_attention.ATTENTION,
