@@ -35,7 +35,7 @@ template <class T> static void turn(const CrossEntropy& a) {
             each_vector(0, a.classes, [&](int64_t c, int64_t count) INLINE_LAMBDA {
                 highest = max(first_of(take(x + c, count), highest, count), highest);
             });
-            float largest = maximum(highest), together[2] = {};
+            float largest = maximum_of_every<1>(highest)[0], together[2] = {};
             Int is_number = every_bit();
             sum_row(a.classes, [&](int64_t c, int64_t count, Float (&out)[2]) INLINE_LAMBDA {
                 out[1] = take(x + c, count);

@@ -70,6 +70,16 @@ def shortcut(
     return call
 
 
+def is_watched(*tensors: Tensor | None) -> bool:
+    """True where a call of these has to go through the dispatcher: something besides autograd would see or replace it."""
+    return (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or _is_watched()
+        or not all(t is None or type(t) in TENSORS for t in tensors)
+    )
+
+
 def _is_watched() -> bool:
     """True where something besides autograd would see, or replace, a call of the dispatcher."""
     return bool(

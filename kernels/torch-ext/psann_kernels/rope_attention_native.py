@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from .direct import TENSORS
+from .direct import is_watched
 from .library import without_autocast
 from .native import TYPES, address, launch, refuses_dtype
 from .rope_attention import OP, document_first
@@ -123,15 +121,7 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None = None, sin: Ten
     most = MOST_KEYS.get(product_dtype(q.dtype))
     if most is None or k.shape[1] > most:
         return refuses_dtype("q", q) or f"there are {k.shape[1]} keys; of {q.dtype} the native kernels serve at most {most}"
-    if (
-        torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or _are_functorch_transforms_active()
-        or _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
-        or _is_tracing()
-        or not all(type(t) in TENSORS for t in (q, k, v))
-    ):
+    if is_watched(q, k, v):
         return "a trace, a mode, a transform or a tensor's own class looks at the call, and would not see the native kernels"
     return None
 
