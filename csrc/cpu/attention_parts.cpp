@@ -155,16 +155,14 @@ template <class T> static void softmax(const SoftmaxScores& a) {
         });
         float largest = maximum_of_every<1>(highest)[0];
         Float total = {};
-        Int is_number = every_bit();
+        // NaN, and what infinity less infinity is, stay NaN, and so does their sum.
         each_vector(from, to, [&](int64_t c, int64_t count) INLINE_LAMBDA {
-            Float below = first_of(take(s + c, count) - largest, all(-INFINITY), count);
-            // NaN, and infinity less infinity, differ from themselves; the exponential would lose them.
-            is_number &= below == below;
-            Float part = exp2_product_any(min(below, Float{}), all(LOG2_E));
-            give(e + c, part, count);
-            total += part;
+            Float below[1] = {first_of(take(s + c, count) - largest, all(-INFINITY), count) * LOG2_E}, part[1];
+            exp2_at_most_one(below, part);
+            give(e + c, part[0], count);
+            total += part[0];
         });
-        float share = every(is_number) ? 1.0f / sum(total) : NAN;
+        float share = 1.0f / sum(total);
         clear(p, 0, from);
         each_vector(from, to, [&](int64_t k, int64_t count) INLINE_LAMBDA { give(p + k, take(e + k, count) * share, count); });
         clear(p, to, a.scores.keys);

@@ -36,16 +36,15 @@ template <class T> static void turn(const CrossEntropy& a) {
                 highest = max(first_of(take(x + c, count), highest, count), highest);
             });
             float largest = maximum_of_every<1>(highest)[0], together[2] = {};
-            Int is_number = every_bit();
             sum_row(a.classes, [&](int64_t c, int64_t count, Float (&out)[2]) INLINE_LAMBDA {
                 out[1] = take(x + c, count);
-                Float below = first_of(out[1] - largest, all(-INFINITY), count);
-                // NaN, and infinity less infinity, differ from themselves; the exponential would lose them.
-                is_number &= below == below;
-                out[0] = exp2_product_any(min(below, Float{}), all(LOG2_E));
+                // NaN, and what infinity less infinity is, stay NaN, and so does their sum.
+                Float below[1] = {first_of(out[1] - largest, all(-INFINITY), count) * LOG2_E}, part[1];
+                exp2_at_most_one(below, part);
+                out[0] = part[0];
                 give(e + c, out[0], count);
             }, together);
-            float total = every(is_number) ? together[0] : NAN;
+            float total = together[0];
             float log_sum = logf(total), lse = largest + log_sum;
             // Of numbers below the largest, so that a large one common to all takes no digits from the rest.
             float below_target = x[target] - largest, below_mean = together[1] / static_cast<float>(a.classes) - largest;

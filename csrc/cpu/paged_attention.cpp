@@ -399,15 +399,6 @@ template <class T> INLINE void score_all(const PagedAttention& a, const Rows& ro
     }
 }
 
-// 2^x of x that are at most 0, or a little more, or NaN: it is 0 below the least normal number.
-template <int R> INLINE void exp2_at_most_one(const Float (&x)[R], Float (&out)[R]) {
-    Float n[R], f[R];
-    EACH(R) n[i] = x[i] + ROUNDER, f[i] = x[i] - (n[i] - ROUNDER);
-    horner(EXP2, f, out);
-    // A product, since a NaN must stay one. What x below -126 makes of f and of the scale is never seen.
-    EACH(R) out[i] = (Float)((Int)(out[i] * (Float)(((Uint)n[i] << 23) + 0x3f800000u)) & ~(x[i] < -126.0f));
-}
-
 // Turns scores of B times R rows into probabilities (unscaled), and brings the rows' earlier sums and outputs to the new maxima.
 // Several rows at once, since each waits for its own maximum.
 template <int R, int B> INLINE void renew(const Rows& rows, int64_t row, int64_t tile_begin) {

@@ -541,7 +541,6 @@ INLINE Int lane_numbers() {
     for (int i = 0; i < WIDTH; i++) x[i] = i;
     return x;
 }
-INLINE Int every_bit() { return ~Int{}; }
 // The first `count` lanes of x, the rest of `others`.
 INLINE Float first_of(Float x, Float others, int64_t count) {
     return count == WIDTH ? x : lane_numbers() < static_cast<int>(count) ? x : others;

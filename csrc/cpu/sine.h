@@ -110,6 +110,15 @@ INLINE Float exp2_product_any(Float g, Float exponent) {
     return p[0] * scale * rest;
 }
 
+// 2^x of x that are at most 0, or a little more, or NaN: it is 0 below the least normal number.
+template <int R> INLINE void exp2_at_most_one(const Float (&x)[R], Float (&out)[R]) {
+    Float n[R], f[R];
+    EACH(R) n[i] = x[i] + ROUNDER, f[i] = x[i] - (n[i] - ROUNDER);
+    horner(EXP2, f, out);
+    // A product, since a NaN must stay one. What x below -126 makes of f and of the scale is never seen.
+    EACH(R) out[i] = (Float)((Int)(out[i] * (Float)(((Uint)n[i] << 23) + 0x3f800000u)) & ~(x[i] < -126.0f));
+}
+
 // factor * 2^(g * exponent) * sin(frequency * z), to the bit what exp2_product, reduce and sine give, for what exp2_product serves.
 // Both polynomials go side by side; the exponential takes the sine's sign, so that fewer numbers wait for them in registers.
 template <int R>

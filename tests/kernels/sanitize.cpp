@@ -88,6 +88,53 @@ static void norms(Type type, Type weight_type, int64_t rows, int64_t features) {
     y.print(), h.print(), dx.print(), dresidual.print(), dweight.print();
 }
 
+static void additions(Type type, Type branch_type, int64_t elements) {
+    size_t n = static_cast<size_t>(elements);
+    Buffer x(type, n, 0.25, 2), branch(branch_type, n, 0.25, 2), alpha(Type::FLOAT32, 1, 0.5, 1), h(type, n, 0, 0);
+    Buffer dbranch(branch_type, n, 0, 0), dalpha(Type::FLOAT32, 1, 0, 0), norm(Type::FLOAT32, 1, 0, 0);
+    scaled_add({x.data, branch.data, alpha.floats(), h.data, elements, type, branch_type, 2});
+    scaled_add_backward({h.data, branch.data, alpha.floats(), dbranch.data, dalpha.floats(), elements, type, branch_type, 2});
+    h.print(), dbranch.print(), dalpha.print();
+    if (type != Type::FLOAT32) return;
+    std::vector<uintptr_t> tensors = {reinterpret_cast<uintptr_t>(x.data), reinterpret_cast<uintptr_t>(h.data)};
+    std::vector<int64_t> sizes = {elements, elements};
+    total_norm({tensors.data(), sizes.data(), norm.floats(), 2, 2});
+    norm.print();
+}
+
+// Heads there and back, and a softmax over scores with all the rules of what a query sees.
+static void short_attention(Type type, Type narrow, int64_t heads, int64_t tokens, int64_t head_dim, bool interleaved, int64_t window) {
+    size_t n = static_cast<size_t>(2 * tokens * heads * head_dim), half = static_cast<size_t>(tokens * head_dim / 2);
+    size_t pairs = static_cast<size_t>(2 * heads * tokens * tokens);
+    Buffer q(type, n, 0.25, 2), wide(Type::FLOAT32, n, 0, 0), small(Type::BFLOAT16, n, 0, 0), back(type, n, 0, 0);
+    Buffer cos(Type::FLOAT32, half, 0, 1), sin(Type::FLOAT32, half, 0, 1), slopes(Type::FLOAT32, static_cast<size_t>(heads), 0, 0.1);
+    Buffer scores(Type::FLOAT32, pairs, 0.25, 9), p(narrow, pairs, 0, 0), dp(narrow, pairs, 0.25, 1);
+    std::vector<int64_t> first;
+    for (int64_t i = 0; i < 2 * tokens; i++) first.push_back(i % tokens / 5 * 5);
+    first.shrink_to_fit();
+    int64_t row = tokens * heads * head_dim;
+    Rotary rotary = {head_dim % 2 ? nullptr : cos.floats(), sin.floats(), interleaved};
+    turn_heads({q.data, wide.data, small.data, first.data(), rotary, 2, tokens, heads, head_dim, 0, tokens, row, heads * head_dim,
+        head_dim, row, head_dim, tokens * head_dim, 0.5f, 1, type, Type::FLOAT32, 2});
+    turn_heads({wide.data, back.data, nullptr, first.data(), rotary, 2, tokens, heads, head_dim, 0, tokens, row, head_dim,
+        tokens * head_dim, row, heads * head_dim, head_dim, 2.0f, -1, Type::FLOAT32, type, 2});
+    Scores rules = {first.data(), slopes.floats(), 2, heads, tokens, tokens, 0, tokens, window};
+    softmax_scores({rules, scores.floats(), p.data, narrow, 2});
+    softmax_scores_backward({rules, p.data, dp.data, narrow, 2});
+    wide.print(), small.print(), back.print(), p.print(), dp.print();
+}
+
+static void losses(Type type, int64_t rows, int64_t classes, float soft_cap) {
+    Buffer logits(type, static_cast<size_t>(rows * classes), 0.25, 9), dloss(Type::FLOAT32, static_cast<size_t>(rows), 0.5, 1);
+    Buffer found(Type::FLOAT32, static_cast<size_t>(rows), 0, 0);
+    std::vector<int64_t> targets;
+    for (int64_t r = 0; r < rows; r++) targets.push_back(r % 3 == 2 ? -100 : (r * 7) % classes);
+    targets.shrink_to_fit();
+    cross_entropy({logits.data, targets.data(), found.floats(), rows % 2 ? dloss.floats() : nullptr, rows, classes, -100, 0.1f, 0.01f,
+        soft_cap, true, type, 2});
+    logits.print(), found.print();
+}
+
 static void waves(Type type, int64_t rows, int64_t tokens, int64_t features, int64_t taps, int64_t dilation, bool has_state) {
     size_t n = static_cast<size_t>(rows * tokens * features), f = static_cast<size_t>(features), k = static_cast<size_t>(taps);
     Buffer x(type, n, 0.25, 2), dy(type, n, 0.25, 1), y(type, n, 0, 0), dx(type, n, 0, 0);
@@ -204,6 +251,20 @@ int main() {
                 norms(type, Type::FLOAT32, rows, features);
                 norms(type, type, rows, features);
             }
+        for (int64_t elements : {1, 15, 33, 4097, 20000}) {
+            additions(type, type, elements);
+            additions(Type::FLOAT32, type, elements);
+        }
+        for (int64_t tokens : {1, 16, 19, 70})
+            for (int64_t head_dim : {1, 2, 24, 64, 66})
+                for (int64_t window : {0, 3})
+                    for (Type narrow : {Type::FLOAT32, Type::BFLOAT16}) {
+                        short_attention(type, narrow, 1, tokens, head_dim, true, window);
+                        short_attention(type, narrow, 3, tokens, head_dim, false, window);
+                    }
+        for (int64_t rows : {1, 3, 40})
+            for (int64_t classes : {1, 16, 19, 1030})
+                for (float soft_cap : {0.0f, 3.0f}) losses(type, rows, classes, soft_cap);
         for (int64_t features : {1, 16, 19, 260})
             for (int64_t tokens : {1, 2, 5, 67})
                 for (bool has_state : {false, true}) {

@@ -158,6 +158,39 @@ def test_autocast_changes_nothing(backend):
     assert torch.equal(y, rms_norm(x, weight, backend=backend))
 
 
+@pytest.mark.parametrize("residual_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend, form", RUNS)
+def test_beside_float32_the_residual_and_y_may_be_halves(backend, form, dtype, residual_dtype, monkeypatch):
+    """As the float32 call of the widened residual, whose y and whose residual's gradient are rounded once."""
+    serving(backend, form, monkeypatch)
+    for shape in ((5, 33), (3, 40, 16), (70, 130), (0, 4)):
+        x, residual, weight, dy, dh = inputs(shape, torch.float32)
+        residual, dy = residual.to(residual_dtype), dy.to(dtype)
+        mixed = lambda x, weight, residual: rms_norm(x, weight, residual=residual, dtype=dtype, backend=backend)  # noqa: E731
+        with poisoned_allocations():
+            y, h, dx, dweight, dresidual = run(mixed, (x, weight, residual), (dy, dh))
+        wide = run(call(backend), (x, weight, residual.float()), (dy.float(), dh))
+        assert y.dtype == dtype and h.dtype == dx.dtype == torch.float32 and dresidual.dtype == residual_dtype
+        assert torch.equal(y, wide[0].to(dtype)) and torch.equal(h, wide[1]) and torch.equal(dresidual, dx.to(residual_dtype))
+        torch.testing.assert_close((dx, dweight), (wide[2], wide[3]), rtol=1e-6, atol=1e-6)
+        alone = lambda x, weight: rms_norm(x, weight, dtype=dtype, backend=backend)  # noqa: E731
+        y, dx, dweight = run(alone, (x, weight), (dy,))
+        expected = run(call(backend), (x, weight), (dy.float(),))
+        assert torch.equal(y, expected[0].to(dtype))
+        torch.testing.assert_close((dx, dweight), expected[1:], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_sum_of_a_half_residual_may_be_used(backend):
+    serving(backend)
+    x, residual, weight, _, dh = inputs((4, 9), torch.float32)
+    leaves = [x.requires_grad_(), residual.half().requires_grad_()]
+    _, h = rms_norm(leaves[0], weight, residual=leaves[1], backend=backend)
+    dx, dresidual = torch.autograd.grad(h, leaves, dh)
+    assert torch.equal(dx, dh) and torch.equal(dresidual, dh.half())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_of_two_outputs_may_go_unused(backend):
     serving(backend)
@@ -183,10 +216,10 @@ def test_triton_library_ops():
     from psann_kernels.rms_norm_triton import add_rms_norm_triton, rms_norm_triton, rms_norm_triton_backward
 
     x, residual, weight, dy, dh = (t.requires_grad_() for t in inputs((3, 8), torch.float32))
-    torch.library.opcheck(rms_norm_triton, (x.t().contiguous().t(), weight.bfloat16(), 1e-6))
-    torch.library.opcheck(rms_norm_triton, (x[:0], weight, 1e-6))
-    torch.library.opcheck(add_rms_norm_triton, (x, residual, weight, 1e-6))
-    torch.library.opcheck(add_rms_norm_triton, (x[:0], residual[:0], weight, 1e-6))
+    torch.library.opcheck(rms_norm_triton, (x.t().contiguous().t(), weight.bfloat16(), 1e-6, torch.bfloat16))
+    torch.library.opcheck(rms_norm_triton, (x[:0], weight, 1e-6, torch.float32))
+    torch.library.opcheck(add_rms_norm_triton, (x, residual.half(), weight, 1e-6, torch.bfloat16))
+    torch.library.opcheck(add_rms_norm_triton, (x[:0], residual[:0], weight, 1e-6, torch.float32))
     torch.library.opcheck(rms_norm_triton_backward, (dy.detach(), dh.detach(), x.detach(), weight.detach(), 1e-6))
 
 
@@ -221,7 +254,9 @@ def test_a_named_backend_serves_or_raises():
         ({"weight": torch.ones(5).half()}, "weight is torch.float16 beside a torch.float32 x; pass it as torch.float32"),
         ({"weight": torch.ones(5, device="meta")}, "weight is on meta and x on cpu; put them on one device"),
         ({"residual": torch.ones(1, 5)}, r"residual is \(1, 5\) torch.float32 .* pass both in one shape"),
-        ({"residual": torch.ones(3, 5).half()}, r"residual is \(3, 5\) torch.float16 .* pass both in one shape"),
+        ({"residual": torch.ones(3, 5).double()}, r"residual is \(3, 5\) torch.float64 .* pass both in one shape"),
+        ({"dtype": torch.float64}, "dtype is torch.float64; of a torch.float32 x, y can have torch.float32 or torch.bfloat16 or"),
+        ({"x": torch.ones(3, 5).half(), "dtype": torch.bfloat16}, "dtype is torch.bfloat16; of a torch.float16 x, y can have"),
         ({"eps": 0.0}, "eps is 0.0; it must be positive"),
         ({"eps": float("nan")}, "eps is nan; it must be positive"),
     ],

@@ -1,5 +1,6 @@
 """rope_attention: every backend against the formula in float64, forward and every gradient; what no query may see."""
 
+import contextlib
 import importlib
 import math
 
@@ -8,6 +9,8 @@ import torch
 from psann_kernels import BackendError, explain, rope_attention, rotary_tables, rotate
 from psann_kernels.documents import check_cu_seqlens, document_bounds
 from psann_kernels.rope_attention import OP, reference
+from torch._subclasses import FakeTensorMode
+from torch.overrides import BaseTorchFunctionMode
 from witness import BACKENDS, FORWARD, GRADIENT, Budget, assert_within_budget, poisoned_allocations
 
 NAMES = ("o", "dq", "dk", "dv")
@@ -340,9 +343,11 @@ def test_tables_and_slopes_may_have_gaps(backend):
 
 
 @pytest.mark.parametrize("arguments", [{}, dict(alibi=True), dict(window=100)], ids=str)
-@pytest.mark.parametrize("tokens", [40, 300])  # torch's attention of a CPU computes few keys wide
+# torch's attention of a CPU computes few keys wide, and the native kernels serve few keys only.
+@pytest.mark.parametrize(
+    "backend, tokens", [(backend, tokens) for backend in BACKENDS for tokens in (40, 300) if (backend, tokens) != ("native", 300)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_changes_nothing(backend, dtype, tokens, arguments):
     case = Case(tokens, 16, heads=(2, 1), dtype=dtype, **arguments)
     serving(backend, dtype)
@@ -541,17 +546,69 @@ def test_triton_never_reads_past_the_tables():
     assert o[:, :5].isfinite().all() and o[:, 5:].isnan().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+# What the native kernels leave to torch where something looks at the call, "auto" takes there.
+@pytest.mark.parametrize("backend", ["torch", "triton", "auto"])
 def test_compiles_without_graph_break(backend):
-    serving(backend)
+    if backend != "auto":
+        serving(backend)
     cases = [Case(9, 16, heads=(2, 1)), Case(9, 16, heads=(2, 1), documents=[4, 0, 5], window=3, alibi=True)]
     if backend == "torch":
         cases.append(Case(9, 16, heads=(2, 1), dtype=torch.bfloat16))
     for case in cases:
         tensors = (case.q, case.k, case.v, case.do)
         compiled = torch.compile(case.call(backend), fullgraph=True, backend="aot_eager")
-        for c, e in zip(run(compiled, *tensors), run(case.call(backend), *tensors)):
+        for c, e in zip(run(compiled, *tensors), run(case.call("torch" if backend == "auto" else backend), *tensors)):
             assert torch.equal(c, e)
+
+
+def test_native_serves_short_windows_that_nothing_looks_at():
+    serving("native")
+    native = importlib.import_module("psann_kernels.rope_attention_native")
+    q, k = torch.zeros(1, 300, 2, 16), torch.zeros(1, 300, 1, 16)
+    with pytest.raises(BackendError, match="there are 300 keys; of torch.float32 the native kernels serve at most 256"):
+        rope_attention(q, k, k, backend="native")
+    rope_attention(q, k, k)
+    case = Case(9, 16, heads=(2, 1))
+    tensors = case.q, case.k, case.v
+    for refusal, looks in (
+        (None, contextlib.nullcontext),
+        ("a trace, a mode", lambda: FakeTensorMode(allow_non_fake_inputs=True)),
+        ("a trace, a mode", BaseTorchFunctionMode),
+    ):  # fmt: skip
+        with looks():
+            reason = native.refuses(*tensors)
+        assert reason is refusal or refusal in reason
+    assert torch.func.vmap(lambda q: rope_attention(q, case.k, case.v))(case.q.unsqueeze(0)).shape == (1, *case.q.shape)
+    assert "torch.float64" in native.refuses(*(t.double() for t in tensors))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_native_softmax_keeps_what_is_no_number(value):
+    """A score that is no number, or of infinite size, makes of its row what torch's softmax makes, and touches no other."""
+    serving("native")
+    case = Case(20, 16)
+    case.k[0, 7] = 0
+    case.k[0, 7, 0, 0] = value
+    o = rope_attention(case.q, case.k, case.v, backend="native")
+    scores = torch.einsum("bihd,bjhd->bhij", case.q, case.k) / 4
+    weights = scores.masked_fill(~torch.ones(20, 20, dtype=torch.bool).tril(), -math.inf).softmax(-1)
+    expected = torch.einsum("bhij,bjhd->bihd", weights, case.v)
+    assert expected[:, :7].isfinite().all() and not (value != -math.inf and expected.isfinite().all())
+    torch.testing.assert_close(o, expected, equal_nan=True)
+
+
+def test_native_gives_the_same_bits_for_any_number_of_threads():
+    serving("native")
+    case = Case(90, 32, batch=6, heads=(4, 2), documents=[200, 300, 40], dtype=torch.bfloat16)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(run(case.call("native"), case.q, case.k, case.v, case.do))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert torch.equal(found[0][0], other[0])
 
 
 def test_rotation_depends_on_the_distance_alone():

@@ -9,6 +9,7 @@ attention kernels for GPUs. Kept for backward: those and the turned inputs, so m
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Callable, Iterator, Sequence
 
 import torch
@@ -70,11 +71,11 @@ class _Attend(torch.autograd.Function):
             values = _copy(v.transpose(1, 2), narrow)
             outs = by_key_head(o, kv_heads)
 
-            def probabilities(scores: Tensor, *piece: slice) -> Tensor:
-                return torch.softmax(scores.add_(_part(bias, kv_heads, *piece)), -1).to(narrow)
+            def probabilities(scores: Tensor, piece: Piece) -> Tensor:
+                return torch.softmax(scores.add_(_part(bias, kv_heads, piece)), -1).to(narrow)
 
-            def put(out: Tensor, rows: slice, block: slice) -> None:
-                outs[rows, :, :, block] = out
+            def put(out: Tensor, piece: Piece) -> None:
+                piece.of_queries(outs).copy_(out)
 
             kept = forward_products(queries, keys, values, probabilities, put)
         if any(ctx.needs_input_grad):
@@ -91,7 +92,7 @@ class _Attend(torch.autograd.Function):
         with without_autocast(do.device):
             douts = _copy(by_key_head(do, k_shape[2]), narrow)
 
-            def differentiate(p: Tensor, dp: Tensor, *_: slice) -> Tensor:
+            def differentiate(p: Tensor, dp: Tensor, piece: Piece) -> Tensor:
                 return torch._softmax_backward_data(dp, p, -1, narrow)
 
             gradients = backward_products(douts, queries, keys, values, kept, differentiate)
@@ -105,28 +106,46 @@ class _Attend(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
-Probabilities = Callable[[Tensor, slice, slice, slice], Tensor]
-Derivative = Callable[[Tensor, Tensor, slice, slice, slice], Tensor]
+@dataclass(frozen=True)
+class Piece:
+    """Rows of the batch, a block of their queries, and the keys that it may see; `is_whole` if that is all there is."""
+
+    rows: slice
+    block: slice
+    seen: slice
+    is_whole: bool
+
+    def of_queries(self, t: Tensor) -> Tensor:
+        """Of t (B, Hkv, G, Tq, D)."""
+        return t if self.is_whole else t[self.rows, :, :, self.block]
+
+    def of_keys(self, t: Tensor) -> Tensor:
+        """Of t (B, Hkv, Tk, D)."""
+        return t if self.is_whole else t[self.rows, :, self.seen]
+
+
+Probabilities = Callable[[Tensor, Piece], Tensor]
+Derivative = Callable[[Tensor, Tensor, Piece], Tensor]
 
 
 def forward_products(
-    queries: Tensor, keys: Tensor, values: Tensor, probabilities: Probabilities, put: Callable[[Tensor, slice, slice], None]
+    queries: Tensor, keys: Tensor, values: Tensor, probabilities: Probabilities, put: Callable[[Tensor, Piece], None]
 ) -> list[Tensor]:  # fmt: skip
     """The products of attention, piece by piece.
 
     queries        (B, Hkv, G, Tq, D)  bear the scores' scale
     keys, values   (B, Hkv, Tk, D)
-    probabilities  of scores (rows, Hkv, G, block, seen), theirs to overwrite, of a piece, in the dtype of values
+    probabilities  of scores (rows, Hkv, G, block, seen), theirs to overwrite, in the dtype of values
     put            takes what the probabilities make of the values, (rows, Hkv, G, block, D), to its place
 
     Returns the pieces' probabilities, for backward_products.
     """
     kept = []
-    for rows, block, seen in pieces(queries.shape, keys.shape):
-        query = queries[rows, :, :, block]
-        scores = torch.bmm(_rows(query), keys[rows, :, seen].flatten(0, 1).mT)
-        p = probabilities(scores.view(*query.shape[:-1], -1), rows, block, seen)
-        put(torch.bmm(_rows(p), values[rows, :, seen].flatten(0, 1)).view(query.shape), rows, block)
+    for piece in pieces(queries.shape, keys.shape):
+        query = piece.of_queries(queries)
+        scores = torch.bmm(_rows(query), piece.of_keys(keys).flatten(0, 1).mT)
+        p = probabilities(scores.view(*query.shape[:-1], -1), piece)
+        put(torch.bmm(_rows(p), piece.of_keys(values).flatten(0, 1)).view(query.shape), piece)
         kept.append(p)
     return kept
 
@@ -138,36 +157,38 @@ def backward_products(
 
     douts          (B, Hkv, G, Tq, D)  the output's gradient
     kept           what forward_products returned
-    differentiate  (p, dp, *piece) -> the gradient of a piece's scores, in p's dtype; dp is its to overwrite
+    differentiate  (p, dp, piece) -> the gradient of the piece's scores, in p's dtype; dp is its to overwrite
     """
-    cuts = list(pieces(queries.shape, keys.shape))
-    sums = None if len(cuts) == 1 else tuple(torch.empty_like(t, dtype=torch.float32) for t in (queries, keys, values))
-    for (rows, block, seen), p in zip(cuts, kept):
-        dout, query, key = _rows(douts[rows, :, :, block]), _rows(queries[rows, :, :, block]), keys[rows, :, seen]
-        dp = torch.bmm(dout, values[rows, :, seen].flatten(0, 1).mT)
-        dscores, p = _rows(differentiate(p, dp.view(p.shape), rows, block, seen)), _rows(p)
-        found = torch.bmm(dscores, key.flatten(0, 1)), torch.bmm(dscores.mT, query), torch.bmm(p.mT, dout)
-        if sums is None:
+    sums: tuple[Tensor, ...] = ()
+    for piece, p in zip(pieces(queries.shape, keys.shape), kept):
+        dout, query = _rows(piece.of_queries(douts)), _rows(piece.of_queries(queries))
+        key, value = (piece.of_keys(t).flatten(0, 1) for t in (keys, values))
+        dscores = _rows(differentiate(p, torch.bmm(dout, value.mT).view(p.shape), piece))
+        found = torch.bmm(dscores, key), torch.bmm(dscores.mT, query), torch.bmm(_rows(p).mT, dout)
+        if piece.is_whole:
             return tuple(t.view(like.shape) for t, like in zip(found, (queries, keys, values)))
-        dquery, dkey, dvalue = sums[0][rows, :, :, block], sums[1][rows, :, seen], sums[2][rows, :, seen]
-        dquery.copy_(found[0].view(dquery.shape))
+        if not sums:
+            sums = tuple(torch.empty_like(t, dtype=torch.float32) for t in (queries, keys, values))
+        parts = piece.of_queries(sums[0]), piece.of_keys(sums[1]), piece.of_keys(sums[2])
         # The first block sees every key, and later ones add to it.
-        add = Tensor.copy_ if block.stop == queries.shape[3] else Tensor.add_
-        add(dkey, found[1].view(dkey.shape))
-        add(dvalue, found[2].view(dvalue.shape))
+        is_later = piece.block.stop != queries.shape[3]
+        for part, t, is_added in zip(parts, found, (False, is_later, is_later)):
+            (part.add_ if is_added else part.copy_)(t.view(part.shape))
     return sums
 
 
-def pieces(q_shape: torch.Size, k_shape: torch.Size) -> Iterator[tuple[slice, slice, slice]]:
-    """Rows of the batch, a block of their queries, and the keys that it may see; the newest queries first.
+def pieces(q_shape: torch.Size, k_shape: torch.Size) -> Iterator[Piece]:
+    """What is multiplied at once, the newest queries first.
 
     q_shape, k_shape   (B, Hkv, G, Tq, D), (B, Hkv, Tk, D)
     """
     (batch, kv_heads, group, queries, _), keys = q_shape, k_shape[2]
     at_once = max(1, SCORES_AT_ONCE // (kv_heads * group * min(queries, QUERIES) * keys))
+    is_whole = at_once >= batch and QUERIES >= queries
     for first in range(0, batch, at_once):
         for end in range(queries, 0, -QUERIES):
-            yield slice(first, min(batch, first + at_once)), slice(max(0, end - QUERIES), end), slice(0, keys - queries + end)
+            rows, block = slice(first, min(batch, first + at_once)), slice(max(0, end - QUERIES), end)
+            yield Piece(rows, block, slice(0, keys - queries + end), is_whole)
 
 
 def by_key_head(t: Tensor, kv_heads: int) -> Tensor:
@@ -194,7 +215,7 @@ def _turn(t: Tensor, turn: Tensor | None, scale: float) -> Tensor:
     return t
 
 
-def _part(bias: Tensor, kv_heads: int, rows: slice, block: slice, seen: slice) -> Tensor:
+def _part(bias: Tensor, kv_heads: int, piece: Piece) -> Tensor:
     """The bias (1 or rows, 1 or Hkv, 1 or H / Hkv, block, seen) of a piece."""
-    bias = bias[rows if bias.shape[0] > 1 else slice(None), :, block, seen]
+    bias = bias[piece.rows if bias.shape[0] > 1 else slice(None), :, piece.block, piece.seen]
     return bias.unflatten(1, (kv_heads, -1) if bias.shape[1] > 1 else (1, 1))

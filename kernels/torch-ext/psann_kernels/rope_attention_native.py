@@ -18,7 +18,7 @@ from .direct import is_watched
 from .library import without_autocast
 from .native import TYPES, address, launch, refuses_dtype
 from .rope_attention import OP, document_first
-from .rope_attention_dense import backward_products, by_key_head, forward_products, product_dtype
+from .rope_attention_dense import Piece, backward_products, by_key_head, forward_products, product_dtype
 
 # Keys up to which this is faster than torch's attention, by the dtype of its products.
 MOST_KEYS = {torch.float32: 256, torch.bfloat16: 512}
@@ -46,13 +46,13 @@ class _Attend(torch.autograd.Function):
             _turn(v.transpose(1, 2), values)
             outs, rules = by_key_head(o, kv_heads), (first, slopes, window, length - tokens)
 
-            def probabilities(scores: Tensor, rows: slice, block: slice, seen: slice) -> Tensor:
+            def probabilities(scores: Tensor, piece: Piece) -> Tensor:
                 p = torch.empty_like(scores, dtype=narrow)
-                launch("softmax_scores", p, _scores(p, rules, rows, block), scores.data_ptr(), p.data_ptr(), TYPES[narrow])
+                launch("softmax_scores", p, _scores(p, rules, piece), scores.data_ptr(), p.data_ptr(), TYPES[narrow])
                 return p
 
-            def put(out: Tensor, rows: slice, block: slice) -> None:
-                _turn(out, outs[rows, :, :, block])
+            def put(out: Tensor, piece: Piece) -> None:
+                _turn(out, piece.of_queries(outs))
 
             kept = forward_products(queries, keys, values, probabilities, put)
         if any(ctx.needs_input_grad):
@@ -68,8 +68,8 @@ class _Attend(torch.autograd.Function):
         (batch, kv_heads, group, tokens, head_dim), length, narrow = queries.shape, keys.shape[2], values.dtype
         turning, rules = (cos, sin, first, ctx.interleaved), (first, slopes, ctx.window, length - tokens)
 
-        def differentiate(p: Tensor, dp: Tensor, rows: slice, block: slice, seen: slice) -> Tensor:
-            launch("softmax_scores_backward", p, _scores(p, rules, rows, block), p.data_ptr(), dp.data_ptr(), TYPES[narrow])
+        def differentiate(p: Tensor, dp: Tensor, piece: Piece) -> Tensor:
+            launch("softmax_scores_backward", p, _scores(p, rules, piece), p.data_ptr(), dp.data_ptr(), TYPES[narrow])
             return dp
 
         with without_autocast(do.device):
@@ -89,30 +89,30 @@ def _turn(
     factor: float = 1.0, direction: int = FORWARD,
 ) -> None:  # fmt: skip
     """out, and narrow if it is another tensor, = source, both (B, Hkv[, G], T, D), turned if `turning` has tables, times factor."""
-    if source.stride(-1) != 1:
+    shape, steps, out_steps = source.shape, source.stride(), out.stride()
+    if steps[-1] != 1:
         source = source.contiguous()
+        steps = source.stride()
+    # Hkv and G are one axis of even steps.
+    heads = shape[1] if len(shape) == 4 else shape[1] * shape[2]
+    head = -3 if shape[-3] > 1 else 1
     cos, sin, first, interleaved = turning
     launch(
         "turn_heads", out,
-        source.data_ptr(), _strides(source), out.data_ptr(), _strides(out), 0 if narrow is None or narrow is out else narrow.data_ptr(),
-        address(first), 0 if first is None else first.shape[1], address(cos), address(sin), interleaved,
-        (source.shape[0], source.shape[-2], source.shape[1:-2].numel(), source.shape[-1]), offset, factor, direction,
+        source.data_ptr(), (steps[0], steps[-2], steps[head]), out.data_ptr(), (out_steps[0], out_steps[-2], out_steps[head]),
+        0 if narrow is None or narrow is out else narrow.data_ptr(), address(first), 0 if first is None else first.shape[1],
+        address(cos), address(sin), interleaved, (shape[0], shape[-2], heads, shape[-1]), offset, factor, direction,
         TYPES[source.dtype], TYPES[out.dtype],
     )  # fmt: skip
 
 
-def _strides(t: Tensor) -> tuple[int, int, int]:
-    """Elements from one row, token and head of t (B, Hkv[, G], T, D) to the next. Hkv and G are one axis of even steps."""
-    return t.stride(0), t.stride(-2), t.stride(-3 if t.shape[-3] > 1 else 1)
-
-
-def _scores(p: Tensor, rules: tuple[Any, ...], rows: slice, block: slice) -> tuple[int, ...]:
+def _scores(p: Tensor, rules: tuple[Any, ...], piece: Piece) -> tuple[int, ...]:
     """What the kernels take of a piece's scores, p (rows, Hkv, G, block, seen)."""
     first, slopes, window, offset = rules
     batch, kv_heads, group, queries, keys = p.shape
     width = 0 if first is None else first.shape[1]
-    where = 0 if first is None else first.data_ptr() + rows.start * width * first.element_size()
-    return where, address(slopes), batch, kv_heads * group, queries, keys, offset + block.start, width, window
+    where = 0 if first is None else first.data_ptr() + piece.rows.start * width * first.element_size()
+    return where, address(slopes), batch, kv_heads * group, queries, keys, offset + piece.block.start, width, window
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, **options: Any) -> str | None:
