@@ -13,8 +13,8 @@ const char* threading();
 void on_threads(int threads, void (*task)(void*), void* context);
 
 // Calls body(piece) once for each of `pieces`, in any order, on at most `threads` threads. Each thread begins with a share of its
-// own, the first with the first pieces, as torch's operators divide their work, so that a kernel mostly finds in a core's cache what
-// this core wrote before; then it helps the others.
+// own, the first with the first pieces, as torch's operators divide their work, so that a kernel mostly finds in a core's cache
+// what this core wrote before; then it helps the others.
 constexpr int MAX_SHARES = 64;
 template <class Body> static inline void parallel(int threads, int64_t pieces, const Body& body) {
     if (threads <= 1 || pieces <= 1) {

@@ -290,7 +290,7 @@ class TrainConfig:
     lr: float | None = _option(
         None,
         _real(0, open_low=True),
-        "peak learning rate (default: 3e-3, above a d_model of 128 times sqrt(128 / d_model))",
+        "peak learning rate (default: 5e-3 of Muon, 3e-3 of AdamW, above a d_model of 128 times sqrt(128 / d_model))",
         optional=True,
     )
     min_lr_ratio: float = _option(0.0, _real(0, 1), "where the straight decay ends, after the last step, as a fraction of lr")

@@ -15,7 +15,7 @@ from typing import Any, Callable, Collection, Iterable, Iterator, Mapping, Seque
 
 import torch
 from psann_kernels import OPS, explain, self_test
-from psann_kernels.registry import check_backend
+from psann_kernels.registry import check_backend, for_model
 from safetensors import SafetensorError
 from torch import nn
 
@@ -89,9 +89,10 @@ class psannLM:
 
     def _say_what_runs_as_auto(self) -> None:
         backend = self.config.backend
-        missing = sorted({row["op"] for row in explain(self._module) if backend != "auto" and not OPS[row["op"]].has(backend)})
+        names = {row["op"] for row in explain(self._module)} if backend != "auto" else ()
+        missing = sorted(name for name in names if for_model(backend, OPS[name]) == "auto")
         if missing:
-            _LOG.info("backend=%r does not implement %s: there it is as under 'auto'", backend, ", ".join(missing))
+            _LOG.info("backend=%r does not implement all of %s: there it is as under 'auto'", backend, ", ".join(missing))
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The options, as psannLM(**params) takes them. `deep` is there for scikit-learn's callers; nothing is nested."""
@@ -170,10 +171,10 @@ class psannLM:
             raise ValueError("fit: val_data has another tokenizer than data; pass psannLMDataPrep(texts, tokenizer=data.tokenizer)")
         val_examples = val_data.dataset if val_data is not None else data.val_dataset
         config = configuration.changed(self.config, **fill)
-        if settings.lr is None:
-            settings = configuration.changed(settings, lr=default_rate(config.d_model))
         if settings.optimizer is None:
             settings = configuration.changed(settings, optimizer=default_optimizer(settings.amp))
+        if settings.lr is None:
+            settings = configuration.changed(settings, lr=default_rate(config.d_model, settings.optimizer))
         check(settings, resolve_device(config.device))
         module = self._module if self._module is not None else self._drawn(config, settings.seed)
         if settings.checkpoint_dir is not None:

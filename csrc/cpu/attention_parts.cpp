@@ -4,7 +4,8 @@
 // turn_heads moves heads between the layout of activations, (row, token, head, feature), and that of batched products,
 // (row, head, token, feature), rotates them on the way, and widens or narrows them. Among products a rotated head holds the first
 // numbers of all its pairs, then the second ones, whichever way they are paired outside: products of two such heads do not mind.
-// The softmax and its derivative work on whole rows of scores; what a query does not see is neither read nor counted, and comes out 0.
+// The softmax and its derivative work on whole rows of scores; what a query does not see is neither read nor counted, and comes out
+// 0.
 #include <math.h>
 
 #include "../kernels.h"

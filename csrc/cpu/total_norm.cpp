@@ -1,6 +1,7 @@
 // The norm of many tensors together: what gradients are clipped by.
 //
-// Squares are added up in float in pieces of each tensor, which follow from its size alone, and those sums in double, in their order.
+// Squares are added up in float in pieces of each tensor, which follow from its size alone, and those sums in double, in their
+// order.
 #include <math.h>
 
 #include "../kernels.h"

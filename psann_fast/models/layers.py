@@ -98,10 +98,17 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """y, what the layers after it read, in the dtype of their products; with a residual (y, x + residual)."""
-        return rms_norm(x, self.scale, residual=residual, eps=self.eps, dtype=cast_dtype(x), backend=self.backend)
+        dtype = cast_dtype(x) if x.dtype == torch.float32 else x.dtype
+        residual = None if residual is None else as_branch(residual, x)
+        return rms_norm(x, self.scale, residual=residual, eps=self.eps, dtype=dtype, backend=self.backend)
 
     def example_calls(self) -> ExampleCalls:
         yield OPS["rms_norm"], self.backend, (self.scale.new_empty(1, len(self.scale)), self.scale), {"eps": self.eps}
+
+
+def as_branch(branch: Tensor, x: Tensor) -> Tensor:
+    """A branch as what adds it to x takes it: beside a float32 x it may be a half, as autocast's products are."""
+    return branch if x.dtype == torch.float32 else branch.to(x.dtype)
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from .language_model import LanguageModel
-from .layers import Attention, CacheView, ExampleCalls, RMSNorm, SineMLP, Window
+from .layers import Attention, CacheView, ExampleCalls, RMSNorm, SineMLP, Window, as_branch
 
 
 class ResPSANNBlock(nn.Module):
@@ -29,7 +29,7 @@ class ResPSANNBlock(nn.Module):
     def _after(self, x: Tensor, normed: Tensor, where: Window | CacheView, layer: int) -> Tensor:
         """The block from norm1's output on."""
         normed, x = self.norm2(x, self.attn(normed, where, layer))
-        return scaled_add(x, self.mlp(normed), self.alpha, backend=self._add_backend)
+        return scaled_add(x, as_branch(self.mlp(normed), x), self.alpha, backend=self._add_backend)
 
     @property
     def _add_backend(self) -> str:

@@ -103,11 +103,13 @@ static void additions(Type type, Type branch_type, int64_t elements) {
 }
 
 // Heads there and back, and a softmax over scores with all the rules of what a query sees.
-static void short_attention(Type type, Type narrow, int64_t heads, int64_t tokens, int64_t head_dim, bool interleaved, int64_t window) {
+static void short_attention(Type type, Type narrow, int64_t heads, int64_t tokens, int64_t head_dim, bool interleaved,
+                            int64_t window) {
     size_t n = static_cast<size_t>(2 * tokens * heads * head_dim), half = static_cast<size_t>(tokens * head_dim / 2);
     size_t pairs = static_cast<size_t>(2 * heads * tokens * tokens);
     Buffer q(type, n, 0.25, 2), wide(Type::FLOAT32, n, 0, 0), small(Type::BFLOAT16, n, 0, 0), back(type, n, 0, 0);
-    Buffer cos(Type::FLOAT32, half, 0, 1), sin(Type::FLOAT32, half, 0, 1), slopes(Type::FLOAT32, static_cast<size_t>(heads), 0, 0.1);
+    Buffer cos(Type::FLOAT32, half, 0, 1), sin(Type::FLOAT32, half, 0, 1);
+    Buffer slopes(Type::FLOAT32, static_cast<size_t>(heads), 0, 0.1);
     Buffer scores(Type::FLOAT32, pairs, 0.25, 9), p(narrow, pairs, 0, 0), dp(narrow, pairs, 0.25, 1);
     std::vector<int64_t> first;
     for (int64_t i = 0; i < 2 * tokens; i++) first.push_back(i % tokens / 5 * 5);
@@ -130,8 +132,8 @@ static void losses(Type type, int64_t rows, int64_t classes, float soft_cap) {
     std::vector<int64_t> targets;
     for (int64_t r = 0; r < rows; r++) targets.push_back(r % 3 == 2 ? -100 : (r * 7) % classes);
     targets.shrink_to_fit();
-    cross_entropy({logits.data, targets.data(), found.floats(), rows % 2 ? dloss.floats() : nullptr, rows, classes, -100, 0.1f, 0.01f,
-        soft_cap, true, type, 2});
+    cross_entropy({logits.data, targets.data(), found.floats(), rows % 2 ? dloss.floats() : nullptr, rows, classes, -100, 0.1f,
+        0.01f, soft_cap, true, type, 2});
     logits.print(), found.print();
 }
 

@@ -310,7 +310,9 @@ def grad_accum_steps():
 def lr():
     assert max(row["lr"] for row in history(lr=0.005)) == 0.005
     assert not torch.equal(weights(lr=0.005), weights(lr=0.001))
-    assert max(row["lr"] for row in history()) == default_rate(16) == 3e-3 and default_rate(512) == pytest.approx(1.5e-3)
+    assert max(row["lr"] for row in history(optimizer="adamw")) == default_rate(16, "adamw") == 3e-3
+    assert max(row["lr"] for row in history(optimizer="muon")) == default_rate(16, "muon") == 5e-3
+    assert default_rate(512, "adamw") == pytest.approx(1.5e-3) and default_rate(512, "muon") == pytest.approx(2.5e-3)
 
 
 @shows(TrainConfig, "min_lr_ratio")

@@ -1,4 +1,5 @@
-"""Native twin of linear_cross_entropy: csrc/cpu/cross_entropy.cpp between torch's products. Read linear_cross_entropy_chunks.py first.
+"""Native twin of linear_cross_entropy: csrc/cpu/cross_entropy.cpp between torch's products.
+Read linear_cross_entropy_chunks.py first.
 
 A row of logits is read once and its gradient written over it, while it lies in a core's first cache.
 """
@@ -22,8 +23,8 @@ def turn(
     targets, dloss = targets.contiguous(), None if dloss is None else dloss.float().contiguous()
     launch(
         "cross_entropy", logits,
-        logits.data_ptr(), targets.data_ptr(), losses.data_ptr(), address(dloss), *logits.shape, ignore_index, label_smoothing, z_loss,
-        soft_cap or 0.0, wants_gradient, TYPES[logits.dtype],
+        logits.data_ptr(), targets.data_ptr(), losses.data_ptr(), address(dloss), *logits.shape, ignore_index, label_smoothing,
+        z_loss, soft_cap or 0.0, wants_gradient, TYPES[logits.dtype],
     )  # fmt: skip
 
 

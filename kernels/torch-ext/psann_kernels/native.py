@@ -23,6 +23,7 @@ from typing import Any, Callable, Sequence
 import torch
 from torch import Tensor
 
+from .direct import TENSORS
 from .native_build import checkout_sources, read_record, source_hash
 from .registry import Op
 
@@ -123,7 +124,7 @@ def serves_lists(*lists: Sequence[Tensor]) -> bool:
         NATIVE is not None
         and not torch.compiler.is_compiling()
         and all(
-            type(t) in (Tensor, torch.nn.Parameter) and t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() and not t.is_neg()
+            type(t) in TENSORS and t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() and not t.is_neg()
             for tensors in lists
             for t in tensors
         )

@@ -43,7 +43,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
 def _backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of x, of the residual, whose dtype is given, and of the weight. That of the residual is (0,) where x's is it."""
+    """The gradients of x, of the residual, whose dtype is given, and of the weight. The residual's is (0,) where x's serves it."""
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
     dresidual = dx.new_empty((0,)) if dtype == h.dtype else torch.empty_like(dx, dtype=dtype)
     dweight = torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)

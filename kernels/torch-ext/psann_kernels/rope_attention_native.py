@@ -30,8 +30,8 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, first: Tensor | None, slopes: Tensor | None,
-        interleaved: bool, window: int, scale: float,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, first: Tensor | None,
+        slopes: Tensor | None, interleaved: bool, window: int, scale: float,
     ) -> Tensor:  # fmt: skip
         (batch, tokens, heads, head_dim), (_, length, kv_heads, _) = q.shape, k.shape
         narrow, turning = product_dtype(v.dtype), (cos, sin, first, interleaved)

@@ -44,6 +44,6 @@ def _check(x: Tensor, branch: Tensor, alpha: Tensor) -> None:
     wide = torch.promote_types(x.dtype, torch.float32)
     if alpha.shape != (1,) or alpha.dtype not in (x.dtype, wide) or alpha.device != x.device:
         raise ValueError(
-            f"scaled_add: alpha is {tuple(alpha.shape)} {alpha.dtype} on {alpha.device}; beside x, {x.dtype} on {x.device}, pass one "
-            f"number, shape (1,), in {x.dtype} or {wide}, on that device"
+            f"scaled_add: alpha is {tuple(alpha.shape)} {alpha.dtype} on {alpha.device}; beside x, {x.dtype} on {x.device}, pass "
+            f"one number, shape (1,), in {x.dtype} or {wide}, on that device"
         )
