@@ -20,7 +20,7 @@ class EveryOp(nn.Module):
         shapes = {
             "gain": (FEATURES,), "query": (HEADS * HEAD_DIM, FEATURES), "key": (KV_HEADS * HEAD_DIM, FEATURES),
             "value": (KV_HEADS * HEAD_DIM, FEATURES), "out": (FEATURES, HEADS * HEAD_DIM), "taps": (FEATURES, 3),
-            "layer": (FEATURES, FEATURES), "up": (24, FEATURES), "down": (FEATURES, 24), "head": (11, FEATURES),
+            "layer": (FEATURES, FEATURES), "up": (24, FEATURES), "down": (FEATURES, 24), "head": (11, FEATURES), "alpha": (1,),
         }  # fmt: skip
         weights = {name: torch.randn(shape, generator=g) * 0.4 for name, shape in shapes.items()}
         sines = {str(size): torch.rand(3, size, generator=g) + 0.2 for size in (FEATURES, 24)}
@@ -48,7 +48,8 @@ class EveryOp(nn.Module):
         x = x + kernels.damped_sine(x, *narrow, backend=self.on("damped_sine"))
         x = x + kernels.linear_damped_sine(x, self.weights["layer"], None, *narrow, backend=self.on("linear_damped_sine"))
         up, down = self.weights["up"], self.weights["down"]
-        x = x + kernels.damped_sine_mlp(x, up, None, *wide, down, None, backend=self.on("damped_sine_mlp"))
+        branch = kernels.damped_sine_mlp(x, up, None, *wide, down, None, backend=self.on("damped_sine_mlp"))
+        x = kernels.scaled_add(x, branch, self.weights["alpha"], backend=self.on("scaled_add"))
         return kernels.linear_cross_entropy(x, self.weights["head"], targets, backend=self.on("linear_cross_entropy"))
 
     def decode(self, x, k_cache, v_cache, block_table, slots, positions, seq_lens, cu_seqlens_q):
