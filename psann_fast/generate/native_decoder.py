@@ -94,7 +94,8 @@ class Norm:
         rows, features = x.shape
         return NATIVE.rms_norm_forward, (
             x.data_ptr(), address(residual), self.scale.data_ptr(), y.data_ptr(), 0 if residual is None else x.data_ptr(), rows,
-            features, features, features, self.eps, TYPES[x.dtype], TYPES[self.scale.dtype], torch.get_num_threads(),
+            features, features, features, self.eps, TYPES[x.dtype], TYPES[self.scale.dtype], TYPES[x.dtype], TYPES[y.dtype],
+            torch.get_num_threads(),
         )  # fmt: skip
 
 

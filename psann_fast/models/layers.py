@@ -82,7 +82,8 @@ class RotaryTables:
         held = self._tables.get((device, wide))
         if held is None or held[0].shape[0] < length:
             size = 1 << max(length - 1, 255).bit_length()
-            cos, sin = rotary_tables(size, self.head_dim, theta=self.theta, device=device, dtype=wide)
+            with torch.inference_mode(False):  # what generation builds, training uses too
+                cos, sin = rotary_tables(size, self.head_dim, theta=self.theta, device=device, dtype=wide)
             held = self._tables[device, wide] = (cos, sin)
         return held
 

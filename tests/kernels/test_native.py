@@ -246,7 +246,7 @@ def op(name):
 
 OPCHECKED = {
     "damped_sine": lambda n: (draw(n, 16), *(draw(16).abs() for _ in range(3)), "abs"),
-    "rms_norm": lambda n: (draw(n, 16), draw(16), 1e-6),
+    "rms_norm": lambda n: (draw(n, 16), draw(16), 1e-6, torch.bfloat16),
     "wave_conv": lambda n: (draw(n, 5, 16), draw(16, 3), None, *(draw(16).abs() for _ in range(3)), None, None, 2, "abs"),
     "linear": lambda n: (draw(n, 16), draw(8, 16), None, draw(8)),
 }

@@ -597,6 +597,17 @@ def test_native_softmax_keeps_what_is_no_number(value):
     torch.testing.assert_close(o, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_tables_and_slopes_may_come_from_inference_mode(backend):
+    serving(backend)
+    case = Case(9, 16, heads=(2, 1), alibi=True)
+    expected = run(case.call(backend), case.q, case.k, case.v, case.do)
+    with torch.inference_mode():
+        case.tables, case.slopes = tuple(t.clone() for t in case.tables), case.slopes.clone()
+    for g, e in zip(run(case.call(backend), case.q, case.k, case.v, case.do), expected):
+        assert torch.equal(g, e)
+
+
 def test_native_gives_the_same_bits_for_any_number_of_threads():
     serving("native")
     case = Case(90, 32, batch=6, heads=(4, 2), documents=[200, 300, 40], dtype=torch.bfloat16)

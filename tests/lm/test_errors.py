@@ -138,7 +138,7 @@ TABLE: dict[str, Case] = {
     ),
     "a device that is none": (lambda: model(device="gpu"), ValueError, "it must be 'auto', 'cpu', 'cuda'"),
     "ddp without a launcher": (lambda: fitted(ddp="on"), ValueError, "use ddp='auto' or 'off'"),
-    "a run that diverges": (diverging, TrainingDiverged, "Lower lr (it is 0.003), lengthen warmup_steps, or use amp='fp32'"),
+    "a run that diverges": (diverging, TrainingDiverged, "Lower lr (it is 0.005), lengthen warmup_steps, or use amp='fp32'"),
     # generation
     "a negative temperature": (
         lambda: fitted(max_steps=1).generate("a", temperature=-0.5),

@@ -89,6 +89,15 @@ def test_causality_of_random_models(campaign):
 # -- documents in a window ------------------------------------------------------------------------------------------------------
 
 
+def test_a_model_learns_after_it_ran_in_inference_mode():
+    model = build_model(tiny_config(base="respsann", vocab_size=VOCABULARY))
+    with torch.inference_mode():
+        model(tokens(1, 5))
+    cos, sin = model.rotary_tables(5)
+    assert not cos.is_inference() and not sin.is_inference()
+    model(tokens(1, 5)).sum().backward()
+
+
 @EVERY_MODEL
 def test_a_packed_window_equals_its_documents_alone(base, positions):
     module = tiny(base=base, positional_encoding=positions)

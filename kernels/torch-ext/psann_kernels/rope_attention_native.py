@@ -56,20 +56,20 @@ class _Attend(torch.autograd.Function):
 
             kept = forward_products(queries, keys, values, probabilities, put)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(*narrowed, values, cos, sin, first, slopes, *kept)
-            ctx.interleaved, ctx.window, ctx.scale = interleaved, window, scale
+            ctx.save_for_backward(*narrowed, values, *kept)
+            # Constants, which autograd would not save where they were made under inference_mode.
+            ctx.turning, ctx.rules, ctx.scale = turning, rules, scale
         return o
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # a second derivative would silently miss what follows
             raise RuntimeError("rope_attention: its gradient has no derivative on a CPU (create_graph=True asks for one)")
-        queries, keys, values, cos, sin, first, slopes, *kept = ctx.saved_tensors
+        queries, keys, values, *kept = ctx.saved_tensors
         (batch, kv_heads, group, tokens, head_dim), length, narrow = queries.shape, keys.shape[2], values.dtype
-        turning, rules = (cos, sin, first, ctx.interleaved), (first, slopes, ctx.window, length - tokens)
 
         def differentiate(p: Tensor, dp: Tensor, piece: Piece) -> Tensor:
-            launch("softmax_scores_backward", p, _scores(p, rules, piece), p.data_ptr(), dp.data_ptr(), TYPES[narrow])
+            launch("softmax_scores_backward", p, _scores(p, ctx.rules, piece), p.data_ptr(), dp.data_ptr(), TYPES[narrow])
             return dp
 
         with without_autocast(do.device):
@@ -78,8 +78,8 @@ class _Attend(torch.autograd.Function):
             dqueries, dkeys, dvalues = backward_products(douts, queries, keys, values, kept, differentiate)
             dq = torch.empty((batch, tokens, kv_heads * group, head_dim), dtype=do.dtype, device=do.device)
             dk, dv = (torch.empty((batch, length, kv_heads, head_dim), dtype=do.dtype, device=do.device) for _ in range(2))
-            _turn(dqueries, by_key_head(dq, kv_heads), None, turning, length - tokens, ctx.scale, BACK)
-            _turn(dkeys, dk.transpose(1, 2), None, turning, 0, 1.0, BACK)
+            _turn(dqueries, by_key_head(dq, kv_heads), None, ctx.turning, length - tokens, ctx.scale, BACK)
+            _turn(dkeys, dk.transpose(1, 2), None, ctx.turning, 0, 1.0, BACK)
             _turn(dvalues, dv.transpose(1, 2))
         return dq, dk, dv, *[None] * 7
 
