@@ -411,7 +411,8 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
 
 def check_same_run(state: Mapping[str, Any], config: TrainConfig, examples: Examples) -> None:
     """Raise ValueError unless options, data and number of processes are those of the run that `state` is of."""
-    for name, value in to_dict(config).items():
+    # The optimizer first: the default rate follows from it.
+    for name, value in sorted(to_dict(config).items(), key=lambda option: option[0] != "optimizer"):
         before = state["train"].get(name, value)
         if before == value or name in FREE_TO_CHANGE:
             continue

@@ -251,7 +251,7 @@ def test_a_checkpoint_is_a_model_and_can_be_named(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(lr=0.5), r"resume: lr was 0.003 in the run to continue and is 0.5 now; give the same options, or start anew"),
+        (dict(lr=0.5), r"resume: lr was 0.005 in the run to continue and is 0.5 now; give the same options, or start anew"),
         (dict(seed=7), "resume: seed was 1337"),
         (dict(batch_tokens=16), "resume: batch_tokens was 64"),
         (dict(optimizer="adamw"), "resume: optimizer was 'muon'"),
