@@ -578,6 +578,8 @@ def test_native_serves_short_windows_that_nothing_looks_at():
         with looks():
             reason = native.refuses(*tensors)
         assert reason is refusal or refusal in reason
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert native.refuses(*tensors) is None
     assert torch.func.vmap(lambda q: rope_attention(q, case.k, case.v))(case.q.unsqueeze(0)).shape == (1, *case.q.shape)
     assert "torch.float64" in native.refuses(*(t.double() for t in tensors))
 

@@ -1,5 +1,7 @@
 """scaled_add: every backend against float64, forward and every gradient."""
 
+import contextlib
+
 import pytest
 import torch
 from psann_kernels import BackendError, explain, scaled_add
@@ -63,7 +65,7 @@ def test_awkward_calls(backend):
     got = run(call(backend), *(t.t().contiguous().t() for t in (x, branch)), alpha, dh.t().contiguous().t())
     for g, e in zip(got, expected):
         torch.testing.assert_close(g, e)
-    with pytest.raises(RuntimeError, match="has no derivative") if backend == "native" else pytest.MonkeyPatch.context():
+    with pytest.raises(RuntimeError, match="has no derivative") if backend == "native" else contextlib.nullcontext():
         leaf = x.detach().requires_grad_(), branch.detach().requires_grad_(), alpha.detach().requires_grad_()
         torch.autograd.grad(scaled_add(*leaf, backend=backend).sum(), leaf, create_graph=True)
 

@@ -71,23 +71,23 @@ def shortcut(
 
 
 def is_watched(*tensors: Tensor | None) -> bool:
-    """True where a call of these has to go through the dispatcher: something besides autograd would see or replace it."""
+    """True where something besides autograd would see or replace a call of these; a profiler, which changes nothing, aside."""
     return (
         torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
-        or _is_watched()
+        or _is_replaced()
         or not all(t is None or type(t) in TENSORS for t in tensors)
     )
 
 
 def _is_watched() -> bool:
     """True where something besides autograd would see, or replace, a call of the dispatcher."""
+    return _is_replaced() or _profiler_enabled()
+
+
+def _is_replaced() -> bool:
     return bool(
-        _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
-        or _are_functorch_transforms_active()
-        or _is_tracing()
-        or _profiler_enabled()
+        _len_torch_dispatch_stack() or _len_torch_function_stack() or _are_functorch_transforms_active() or _is_tracing()
     )
 
 
