@@ -53,7 +53,7 @@ INSTRUCTION_SETS = {
 }
 INSTRUCTION_SETS["avx512_bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
 # The files that make use of a set; without a name here, all do. What is left out is served by avx512's, see dispatch.cpp.
-FILES = {"avx512_bf16": ("paged_attention",)}
+FILES = {"avx512_bf16": ("paged_attention", "muon_rounds")}
 
 
 CUDA_COMPILE = "-std=c++17 -O3 -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall".split()

@@ -168,8 +168,10 @@ inline MuonPrepare muon_prepare(Addresses gradients, Addresses momenta, uintptr_
             static_cast<Type>(type), 0};
 }
 
-inline MuonBound muon_bound(uintptr_t x, uintptr_t gram, int64_t n, int64_t rows, int64_t columns, float least, int type) {
-    return {at<void>(x), at<void>(gram), n, rows, columns, least, static_cast<Type>(type), 0};
+inline MuonRounds muon_rounds(uintptr_t x, const std::vector<double>& quintics, int64_t n, int64_t rows, int64_t columns,
+                              float least, int type) {
+    int64_t rounds = static_cast<int64_t>(quintics.size() / 3);
+    return {at<void>(x), quintics.data(), n, rows, columns, rounds, least, static_cast<Type>(type), 0};
 }
 
 inline MuonApply muon_apply(Addresses parameters, uintptr_t x, int64_t rows, int64_t columns, float keep, float scale, int type) {

@@ -54,7 +54,7 @@ PYBIND11_MODULE(_native, m) {
     PSANN_BIND(sample_tokens, SampleTokens)
     PSANN_BIND(total_norm, TotalNorm)
     PSANN_BIND(muon_prepare, MuonPrepare)
-    PSANN_BIND(muon_bound, MuonBound)
+    PSANN_BIND(muon_rounds, MuonRounds)
     PSANN_BIND(muon_apply, MuonApply)
     bind(m, "paged_append", &arguments::paged_append, +[](const PagedAppend& a) {
         check_paged_append(a);

@@ -21,10 +21,12 @@ PSANN_TABLE(avx512, 16)
 #if defined(PSANN_HAS_AVX512_BF16)
 namespace avx512_bf16 {
 PSANN_DECLARE(paged_attention, PagedAttention)
+PSANN_DECLARE(muon_rounds, MuonRounds)
 static const Kernels TABLE = [] {
     Kernels table = avx512::TABLE;
     table.isa = "avx512_bf16";
     table.paged_attention = paged_attention;
+    table.muon_rounds = muon_rounds;
     return table;
 }();
 }

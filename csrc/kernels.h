@@ -232,7 +232,7 @@ struct TotalNorm {
 };
 
 // n matrices (rows, columns) of floats, contiguous, each where its address says. m += (g - m) * (1 - momentum) in place, and
-// x (n, min(rows, columns), max(rows, columns)) contiguous: u = m + (g - m) * (1 - momentum), transposed where rows > columns, over
+// x (n, max(rows, columns), min(rows, columns)) contiguous: u = m + (g - m) * (1 - momentum), transposed where rows < columns, over
 // its Frobenius norm, or over `least` if that is more.
 struct MuonPrepare {
     const uintptr_t *gradients, *momenta;  // (n)
@@ -244,12 +244,14 @@ struct MuonPrepare {
     int threads;
 };
 
-// x (n, rows, columns) /= sqrt(s) and gram (n, rows, rows) /= s, both contiguous: s is each gram's Frobenius norm or `least`.
-struct MuonBound {
-    void *x, *gram;
-    int64_t n, rows, columns;
+// Matrices x (n, rows, columns), each of a norm of 1 at most, contiguous, rows >= columns, in place: x = x / sqrt(s), s the
+// Frobenius norm of x^T x or `least`; then, for each (a, b, c) of `quintics`, x = a x + b x g + c x g^2, g = x^T x.
+struct MuonRounds {
+    void* x;
+    const double* quintics;  // (rounds, 3)
+    int64_t n, rows, columns, rounds;
     float least;
-    Type type;
+    Type type;  // of x: FLOAT32 or BFLOAT16
     int threads;
 };
 
@@ -283,7 +285,7 @@ struct MuonApply {
     X(sample_tokens, SampleTokens)              \
     X(total_norm, TotalNorm)                    \
     X(muon_prepare, MuonPrepare)                \
-    X(muon_bound, MuonBound)                    \
+    X(muon_rounds, MuonRounds)                  \
     X(muon_apply, MuonApply)
 
 #define PSANN_DECLARE(name, Arguments) void name(const Arguments&);

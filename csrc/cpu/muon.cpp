@@ -91,7 +91,7 @@ template <class T> static void prepare(const MuonPrepare& a) {
             return (m + (take(gradient + i, count) - m) * rest) * factor;
         };
         int64_t begin = pieces.begin(piece), end = pieces.end(piece);
-        if (a.rows <= a.columns) {
+        if (a.rows >= a.columns) {
             each_vector(begin, end, [&](int64_t i, int64_t count) INLINE_LAMBDA { give(x + i, update(i, count), count); });
             return;
         }
@@ -103,32 +103,6 @@ template <class T> static void prepare(const MuonPrepare& a) {
                 each_vector(0, height, [&](int64_t j, int64_t count) INLINE_LAMBDA {
                     give(x + (c + i) * a.rows + r + j, load(turned[i] + j), count);
                 });
-        });
-    });
-}
-
-template <class T> static void bound(const MuonBound& a) {
-    int64_t squares = a.rows * a.rows, elements = a.rows * a.columns;
-    if (a.n * elements == 0) return;
-    Pieces gram_pieces(squares, PIECE), x_pieces(elements, PIECE);
-    int threads = a.n * elements < GRAIN ? 1 : a.threads;
-    Workspace partial(a.n * gram_pieces.count);
-    parallel(threads, a.n * gram_pieces.count, [&](int64_t at) {
-        const T* gram = static_cast<const T*>(a.gram) + at / gram_pieces.count * squares;
-        int64_t piece = at % gram_pieces.count;
-        partial.data[at] = sum_of_squares(gram_pieces.begin(piece), gram_pieces.end(piece),
-            [&](int64_t i, int64_t count) INLINE_LAMBDA { return take(gram + i, count); });
-    });
-    parallel(threads, a.n * (gram_pieces.count + x_pieces.count), [&](int64_t at) {
-        int64_t matrix = at / (gram_pieces.count + x_pieces.count), piece = at % (gram_pieces.count + x_pieces.count);
-        bool is_gram = piece < gram_pieces.count;
-        if (!is_gram) piece -= gram_pieces.count;
-        const Pieces& pieces = is_gram ? gram_pieces : x_pieces;
-        T* t = is_gram ? static_cast<T*>(a.gram) + matrix * squares : static_cast<T*>(a.x) + matrix * elements;
-        double most = norm(partial.data + matrix * gram_pieces.count, gram_pieces.count, a.least);
-        float factor = static_cast<float>(1.0 / (is_gram ? most : sqrt(most)));
-        each_vector(pieces.begin(piece), pieces.end(piece), [&](int64_t i, int64_t count) INLINE_LAMBDA {
-            give(t + i, take(t + i, count) * factor, count);
         });
     });
 }
@@ -145,7 +119,7 @@ template <class T> static void apply(const MuonApply& a) {
             give(p + i, fma(update, all(-a.scale), take(p + i, count) * a.keep), count);
         };
         int64_t begin = pieces.begin(piece), end = pieces.end(piece);
-        if (a.rows <= a.columns) {
+        if (a.rows >= a.columns) {
             each_vector(begin, end, [&](int64_t i, int64_t count) INLINE_LAMBDA { move(i, take(x + i, count), count); });
             return;
         }
@@ -164,8 +138,6 @@ template <class T> static void apply(const MuonApply& a) {
 }  // namespace
 
 void muon_prepare(const MuonPrepare& a) { a.type == Type::BFLOAT16 ? prepare<bf16>(a) : prepare<float>(a); }
-
-void muon_bound(const MuonBound& a) { a.type == Type::BFLOAT16 ? bound<bf16>(a) : bound<float>(a); }
 
 void muon_apply(const MuonApply& a) { a.type == Type::BFLOAT16 ? apply<bf16>(a) : apply<float>(a); }
 

@@ -426,6 +426,23 @@ INLINE Uint rounded_pair(Float x, Float y) {
 #endif
 }
 
+// 0, 1, 2, ...
+INLINE Int lane_numbers() {
+    Int x;
+    for (int i = 0; i < WIDTH; i++) x[i] = i;
+    return x;
+}
+
+// x and y rounded to bf16 lane by lane, x's in the lower half of each.
+INLINE Uint interleaved_pair(Float x, Float y) {
+#if defined(__AVX512BF16__) && defined(PSANN_AVX512)
+    const __m512i order = _mm512_add_epi16(_mm512_set1_epi32(16 << 16), (__m512i)((Uint)lane_numbers() * 0x10001u));
+    return (Uint)_mm512_permutexvar_epi16(order, (__m512i)rounded_pair(x, y));
+#else
+    return uints(narrow_bf16(x)) | uints(narrow_bf16(y)) << 16;
+#endif
+}
+
 // In each four lanes: x[j]'s i-th becomes x[i]'s j-th.
 INLINE void transpose_fours(Uint (&x)[4]) {
 #if defined(PSANN_AVX512)
@@ -535,12 +552,6 @@ template <class Body> INLINE void each_vector(int64_t begin, int64_t end, const 
 template <class T> INLINE Float take(const T* p, int64_t count) { return count == WIDTH ? load(p) : load(p, count); }
 template <class T> INLINE void give(T* p, Float x, int64_t count) { count == WIDTH ? store(p, x) : store(p, x, count); }
 
-// 0, 1, 2, ...
-INLINE Int lane_numbers() {
-    Int x;
-    for (int i = 0; i < WIDTH; i++) x[i] = i;
-    return x;
-}
 // The first `count` lanes of x, the rest of `others`.
 INLINE Float first_of(Float x, Float others, int64_t count) {
     return count == WIDTH ? x : lane_numbers() < static_cast<int>(count) ? x : others;

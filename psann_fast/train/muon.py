@@ -4,7 +4,7 @@ in the dtype that the device multiplies best."""
 from __future__ import annotations
 
 import math
-from typing import Callable, Iterable
+from typing import Iterable
 
 import torch
 from psann_kernels.library import cpu_has_bf16
@@ -34,8 +34,9 @@ class Muon(torch.optim.Optimizer):
 
     The step of torch.optim.Muon(adjust_lr_fn="match_rms_adamw") but for the way to orthogonal. That one works matrix by matrix and
     in bfloat16 everywhere: on a CPU without bfloat16 instructions that takes several times as long as the training step it serves.
-    Plain contiguous float32 parameters on a CPU go through native kernels between their products where these are built (and unless
-    `found_inf` is set); all else, and the products, are torch's. Both give the same but for rounding.
+    Plain contiguous float32 parameters on a CPU go through native kernels where these are built (and unless `found_inf` is set),
+    their products too but on CPUs with tiles of bfloat16 (AMX), whose products torch knows; all else is torch's. Both give the same
+    but for rounding.
     State: "momentum_buffer". Like torch's fused optimizers it takes no step where the attribute `found_inf`, a () tensor on the
     device, is 1.
 
@@ -65,13 +66,13 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     alike.setdefault(tuple(sorted(p.shape)), []).append(p)
             for shape, members in alike.items():
-                members.sort(key=is_tall)
+                members.sort(key=is_wide)
                 at_once = max(1, MOST_AT_ONCE // max(1, math.prod(shape)))
                 for first in range(0, len(members), at_once):
                     self._step_alike(members[first : first + at_once], group["lr"], group["weight_decay"])
 
     def _step_alike(self, members: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        """One step of parameters of one shape and of that shape turned, the wide ones first."""
+        """One step of parameters of one shape and of that shape turned, the wide ones last."""
         gradients = [p.grad for p in members]
         for p in members:
             if "momentum_buffer" not in self.state[p]:
@@ -87,36 +88,37 @@ class Muon(torch.optim.Optimizer):
         moves = torch._foreach_sub(gradients, momenta)
         torch._foreach_mul_(moves, 1 - MOMENTUM if taken is None else (1 - MOMENTUM) * taken)
         torch._foreach_add_(momenta, moves)
-        stacked = torch.stack([as_wide(whole(t)) for t in torch._foreach_lerp(gradients, momenta, MOMENTUM)])
+        stacked = torch.stack([as_tall(whole(t)) for t in torch._foreach_lerp(gradients, momenta, MOMENTUM)])
         updates = orthogonal(stacked).to(members[0].dtype)
         if taken is not None:
             updates *= taken
         torch._foreach_mul_(members, 1 - decay if taken is None else 1 - decay * taken)
-        turned = [update.mT if is_tall(p) else update for update, p in zip(updates.unbind(), members)]
+        turned = [update.mT if is_wide(p) else update for update, p in zip(updates.unbind(), members)]
         torch._foreach_sub_(members, [sharded_as(update, p) for update, p in zip(turned, members)], alpha=scale)
 
     def _step_natively(
         self, members: list[nn.Parameter], gradients: list[Tensor], momenta: list[Tensor], decay: float, scale: float
     ) -> None:
         """The same of what `muon_native` serves."""
-        wide = sum(not is_tall(p) for p in members)
-        parts = [part for part in (slice(wide), slice(wide, None)) if members[part]]
+        tall = sum(not is_wide(p) for p in members)
+        parts = [part for part in (slice(tall), slice(tall, None)) if members[part]]
         dtype = torch.bfloat16 if multiplies_narrow(members[0]) else torch.float32
-        x = torch.empty(len(members), *sorted(members[0].shape), dtype=dtype, device=members[0].device)
+        shape = sorted(members[0].shape, reverse=True)
+        x = torch.empty(len(members), *shape, dtype=dtype, device=members[0].device)
         for part in parts:
             muon_native.prepare(gradients[part], momenta[part], x[part], MOMENTUM, TINY)
-        x = rounds(x, muon_native.bound)
+        x = muon_native.rounds(x, QUINTICS, TINY) if muon_native.multiplies(dtype) else rounds(x)
         for part in parts:
             muon_native.apply(members[part], x[part], 1 - decay, scale)
 
 
-def is_tall(x: Tensor) -> bool:
-    return x.shape[-2] > x.shape[-1]
+def is_wide(x: Tensor) -> bool:
+    return x.shape[-2] < x.shape[-1]
 
 
-def as_wide(x: Tensor) -> Tensor:
-    """x, or where it is higher than wide x^T, whose Gram matrix is smaller."""
-    return x.mT if is_tall(x) else x
+def as_tall(x: Tensor) -> Tensor:
+    """x, or where it is wider than high x^T, whose Gram matrix is smaller."""
+    return x.mT if is_wide(x) else x
 
 
 def multiplies_narrow(x: Tensor) -> bool:
@@ -130,32 +132,23 @@ def orthogonal(x: Tensor) -> Tensor:
 
     Computed in bfloat16 on a GPU and on CPUs that have it in hardware, in float64 for float64, else in float32, and returned so.
     """
-    if is_tall(x):
+    if is_wide(x):
         return orthogonal(x.mT).mT
     is_narrow = multiplies_narrow(x)
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(TINY)  # so that squares neither overflow nor vanish
-    return rounds(x.bfloat16() if is_narrow else x, bound)
+    return rounds(x.bfloat16() if is_narrow else x)
 
 
-def rounds(x: Tensor, bound: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]) -> Tensor:
-    """The quintics of x (n, rows, columns), no higher than wide, each matrix of norm 1.
+def rounds(x: Tensor) -> Tensor:
+    """The quintics of x (n, rows, columns), no wider than high, each matrix of norm 1.
 
-    bound   `bound` below, or its native twin, which overwrites x
+    First x becomes x / sqrt(s), s the norm of x^T x and at least TINY: no singular value is above sqrt(s), which is nearer to the
+    largest than |x| and costs no product: the values begin up to columns^(1/4) times nearer to 1.
     """
-    gram = x @ x.mT
-    x, gram = bound(x, gram, TINY)
     for index, (a, b, c) in enumerate(QUINTICS):
-        if index:
-            gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = x.mT @ x
+        if index == 0:
+            s = torch.linalg.matrix_norm(gram.to(torch.promote_types(gram.dtype, torch.float32)), keepdim=True).clamp_min(TINY)
+            x, gram = x * s.rsqrt().to(x.dtype), gram * s.reciprocal().to(x.dtype)
+        x = torch.baddbmm(x, x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), beta=a)
     return x
-
-
-def bound(x: Tensor, gram: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """x / sqrt(s) and gram / s, s the norm of each gram and at least `least`.
-
-    No singular value is above |x x^T|^(1/2), which is nearer to the largest than |x| and costs no product: the values begin up to
-    rows^(1/4) times nearer to 1.
-    """
-    most = torch.linalg.matrix_norm(gram.to(torch.promote_types(gram.dtype, torch.float32)), keepdim=True).clamp_min(least)
-    return x * most.rsqrt().to(x.dtype), gram * most.reciprocal().to(x.dtype)

@@ -1,8 +1,11 @@
-"""What a step of Muon does to memory around its products, in csrc/cpu/muon.cpp. Read muon.py first.
+"""A step of Muon on a CPU: memory in csrc/cpu/muon.cpp, products in csrc/cpu/muon_rounds.cpp. Read muon.py first.
 
 A small model's step is hundreds of small calls of torch, which take a third of its time. Here gradients and momenta are read twice
 before the products, because the second pass needs the norm that the first adds up, and parameters once after them. A matrix that is
-higher than wide is turned on the way, so that every product has its operands in order.
+wider than high is turned on the way, so that every product has its operands in order.
+
+The products are fewer by a third than torch's, which multiply both halves of what is symmetric, and each matrix stays in the caches
+from its first to its last.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from __future__ import annotations
 from typing import Sequence
 
 import torch
-from psann_kernels.native import TYPES, addresses, launch
+from psann_kernels.library import cpu_has_bf16_tiles
+from psann_kernels.native import NATIVE, TYPES, addresses, launch
 from torch import Tensor
 
 
@@ -18,7 +22,7 @@ def prepare(gradients: Sequence[Tensor], momenta: Sequence[Tensor], x: Tensor, m
     """Move the momenta towards the gradients, in place, and write Nesterov's updates, each over its norm, into x.
 
     gradients, momenta  (rows, columns) each
-    x                   (n, min(rows, columns), max(rows, columns)) float32 or bfloat16, contiguous
+    x                   (n, max(rows, columns), min(rows, columns)) float32 or bfloat16, contiguous
     momentum            what the momenta keep of themselves
     least               instead of a norm below it
     """
@@ -30,11 +34,16 @@ def prepare(gradients: Sequence[Tensor], momenta: Sequence[Tensor], x: Tensor, m
         torch.autograd.graph.increment_version(momenta)
 
 
-def bound(x: Tensor, gram: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """muon.bound in place. x (n, rows, columns), gram (n, rows, rows): contiguous, of one dtype, which is float32 or bfloat16."""
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether `rounds` is the way to multiply matrices of this dtype, float32 or bfloat16, on this CPU."""
+    return dtype == torch.float32 or (NATIVE.isa() == "avx512_bf16" and not cpu_has_bf16_tiles())
+
+
+def rounds(x: Tensor, quintics: Sequence[tuple[float, float, float]], least: float) -> Tensor:
+    """muon.rounds in place. x (n, rows, columns), rows >= columns, contiguous, float32 or bfloat16."""
     if x.numel():
-        launch("muon_bound", x, x.data_ptr(), gram.data_ptr(), *x.shape, least, TYPES[x.dtype])
-    return x, gram
+        launch("muon_rounds", x, x.data_ptr(), [number for each in quintics for number in each], *x.shape, least, TYPES[x.dtype])
+    return x
 
 
 def apply(parameters: Sequence[Tensor], x: Tensor, keep: float, scale: float) -> None:

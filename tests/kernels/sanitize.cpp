@@ -229,18 +229,19 @@ static void muons(Type type, int64_t n, int64_t rows, int64_t columns) {
         }
         list.shrink_to_fit();
     }
-    Buffer x(type, count * elements, 0, 0), gram(type, count * static_cast<size_t>(narrow * narrow), 0.25, 1);
+    Buffer x(type, count * elements, 0, 0);
     muon_prepare({lists[0].data(), lists[1].data(), x.data, n, rows, columns, 0.95, 1e-7f, type, 2});
     x.print();
-    muon_bound({x.data, gram.data, n, narrow, wide, 1e-7f, type, 2});
+    const double quintics[] = {7.8327, -21.4358, 15.1063, 3.6073, -2.6467, 0.5110};
+    muon_rounds({x.data, quintics, n, wide, narrow, 2, 1e-7f, type, 2});
     muon_apply({lists[2].data(), x.data, n, rows, columns, 0.9f, 0.5f, type, 2});
-    x.print(), gram.print();
+    x.print();
     for (const auto& buffer : buffers) buffer->print();
 }
 
 int main() {
     for (Type type : {Type::FLOAT32, Type::BFLOAT16})
-        for (int64_t n : {1, 3})
+        for (int64_t n : {1, 9})
             for (int64_t rows : {1, 7, 33, 300})
                 for (int64_t columns : {1, 16, 35, 290}) muons(type, n, rows, columns);
     for (int64_t rows : {1, 5})

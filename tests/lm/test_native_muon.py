@@ -92,7 +92,7 @@ def size_of_a_move(p: Tensor) -> float:
 def test_float32_steps_are_torchs(isa, launches, monkeypatch, scale):
     narrow(monkeypatch, torch.float32)
     found, momenta = stepped(GRADIENTS, scale=scale)
-    assert set(launches) == {"muon_prepare", "muon_bound", "muon_apply"}
+    assert set(launches) == {"muon_prepare", "muon_rounds", "muon_apply"}
     launches.clear()
     expected, expected_momenta = with_torch(monkeypatch, GRADIENTS, scale=scale)
     assert not launches
@@ -103,11 +103,13 @@ def test_float32_steps_are_torchs(isa, launches, monkeypatch, scale):
         assert (p - q).abs().max() <= error, f"{tuple(p.shape)}: {(p - q).abs().max() / error}"
 
 
+@pytest.mark.parametrize("multiplies", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_steps_are_as_near_to_float64_as_torchs(isa, launches, monkeypatch, dtype):
+def test_steps_are_as_near_to_float64_as_torchs(isa, launches, monkeypatch, dtype, multiplies):
     narrow(monkeypatch, dtype)
+    monkeypatch.setattr(muon_native, "multiplies", lambda dtype: multiplies)
     found, momenta = stepped(GRADIENTS)
-    assert launches
+    assert set(launches) == {"muon_prepare", "muon_apply"} | ({"muon_rounds"} if multiplies else set())
     plain, _ = with_torch(monkeypatch, GRADIENTS)
     launches.clear()
     truth, true_momenta = stepped(GRADIENTS, torch.float64)
@@ -118,30 +120,45 @@ def test_steps_are_as_near_to_float64_as_torchs(isa, launches, monkeypatch, dtyp
         torch.testing.assert_close(m.double(), n, rtol=4 * EPS, atol=4 * EPS)
 
 
+def judge_rounds(found: Tensor, before: Tensor) -> None:
+    """Native rounds of `before`: as near to float64 as torch's, whose products round in as many places, and one rounding."""
+    truth, plain = muon.rounds(before.double()), muon.rounds(before).double()
+    for x, q, t in zip(found.double(), plain, truth):
+        # What the first quintic, the steepest, makes of half a unit in the gram of one singular value, which is at most 1, and of
+        # half a unit in its coefficients, which the kernel divides by the bound.
+        _, b, c = QUINTICS[0]
+        rounding = (abs(b) + 2 * abs(c)) * torch.finfo(before.dtype).eps
+        assert (x - t).norm() <= 2 * (q - t).norm() + rounding, (tuple(x.shape), (x - t).norm(), (q - t).norm())
+
+
 def kernels_once(seed: int, shape: tuple[int, int], n: int, dtype: torch.dtype, place: Callable[[Tensor], Tensor]) -> None:
     """Each kernel on n matrices, judged by float64."""
     g, m, p = ([place(t) for t in drawn(seed + i, [shape] * n)] for i in (0, 100, 200))
     u = torch.stack(g).double() * (1 - MOMENTUM) + MOMENTUM * (
         torch.stack(m).double() * MOMENTUM + torch.stack(g).double() * (1 - MOMENTUM)
     )
-    x = place(torch.full((n, *sorted(shape)), math.nan, dtype=dtype))
+    x = place(torch.full((n, *sorted(shape, reverse=True)), math.nan, dtype=dtype))
     muon_native.prepare(g, m, x, MOMENTUM, TINY)
-    wide = muon.as_wide(u / torch.linalg.matrix_norm(u, keepdim=True))
+    tall = muon.as_tall(u / torch.linalg.matrix_norm(u, keepdim=True))
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(x.double(), wide, rtol=eps / 2 + 8 * EPS, atol=8 * EPS)
+    torch.testing.assert_close(x.double(), tall, rtol=eps / 2 + 8 * EPS, atol=8 * EPS)
 
-    before, gram = x.double(), place((x.float() @ x.float().mT).to(dtype))
-    bound = torch.linalg.matrix_norm(gram.double(), keepdim=True)
-    expected = before / bound.sqrt(), gram.double() / bound
-    muon_native.bound(x, gram, TINY)
-    for found, true in zip((x, gram), expected):
-        torch.testing.assert_close(found.double(), true, rtol=eps / 2 + 8 * EPS, atol=0)
+    before = x.clone()
+    muon_native.rounds(x, QUINTICS, TINY)
+    judge_rounds(x, before)
 
-    update = x.double().mT if muon.is_tall(p[0]) else x.double()
+    update = x.double().mT if muon.is_wide(p[0]) else x.double()
     moved = [q.double() * 0.9 - 0.3 * each for q, each in zip(p, update)]
     muon_native.apply(p, x, 0.9, 0.3)
     for q, true in zip(p, moved):
         torch.testing.assert_close(q.double(), true, rtol=4 * EPS, atol=4 * EPS)
+
+
+def test_bfloat16_is_multiplied_where_the_processor_does_and_has_no_tiles(isa, monkeypatch):
+    for has_tiles in (False, True):
+        monkeypatch.setattr(muon_native, "cpu_has_bf16_tiles", lambda: has_tiles)
+        assert muon_native.multiplies(torch.float32)
+        assert muon_native.multiplies(torch.bfloat16) is (isa == "avx512_bf16" and not has_tiles)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -154,24 +171,43 @@ def test_each_kernel_is_right_and_stays_inside_its_matrices(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_number_of_threads_changes_no_bit(dtype):
-    """Of the kernels; torch's products are its own."""
+def test_the_number_of_threads_changes_no_bit(isa, dtype):
+    """Neither where they share each product nor where each has matrices of its own, from 4 a thread on."""
     held, seen = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 70):
             torch.set_num_threads(threads)
-            for shape in ((300, 40), (40, 300), (130, 130), (700, 90)):
-                g, m, p = (drawn(i, [shape] * 3) for i in range(3))
-                x = torch.empty(3, *sorted(shape), dtype=dtype)
-                gram = torch.stack(drawn(7, [(min(shape), min(shape))] * 3)).to(dtype)
+            for shape, n in (((300, 40), 3), ((40, 300), 14), ((130, 130), 3), ((700, 90), 2)):
+                g, m, p = (drawn(i, [shape] * n) for i in range(3))
+                x = torch.empty(n, *sorted(shape, reverse=True), dtype=dtype)
                 muon_native.prepare(g, m, x, MOMENTUM, TINY)
-                muon_native.bound(x, gram, TINY)
+                muon_native.rounds(x, QUINTICS, TINY)
                 muon_native.apply(p, x, 0.9, 0.3)
-                seen.append((threads, shape, torch.cat([t.double().flatten() for t in (x, gram, *m, *p)])))
+                seen.append((threads, shape, torch.cat([t.double().flatten() for t in (x, *m, *p)])))
     finally:
         torch.set_num_threads(held)
     first = {shape: bits for threads, shape, bits in seen if threads == 1}
-    assert all(torch.equal(bits, first[shape]) for _, shape, bits in seen) and len(seen) == 12
+    assert all(torch.equal(bits, first[shape]) for _, shape, bits in seen) and len(seen) == 16
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(260, 200), (1100, 64), (520, 513)])
+def test_sums_of_several_chunks_are_whole(isa, dtype, shape):
+    """More units than a tile adds up at once, in the gram and in its square."""
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(4))
+    x = (x / torch.linalg.matrix_norm(x, keepdim=True)).to(dtype)
+    judge_rounds(muon_native.rounds(x.clone(), QUINTICS, TINY), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [3, 9])
+def test_rounds_of_nan_and_of_nothing_stay_in_their_matrix(isa, dtype, n):
+    x = torch.randn(n, 70, 40, generator=torch.Generator().manual_seed(5), dtype=torch.float32) / 60
+    x[0, 3, 4] = math.nan
+    x[1] = 0.0
+    expected = muon_native.rounds(x[2:].to(dtype), QUINTICS, TINY)
+    found = muon_native.rounds(x.to(dtype), QUINTICS, TINY)
+    assert found[0].isnan().all() and not found[1].any() and torch.equal(found[2:], expected)
 
 
 @pytest.mark.parametrize("byte", [0x7F, 0x80])
@@ -223,7 +259,7 @@ def test_gradients_beyond_all_bounds_do_what_they_do_in_torch(launches, monkeypa
 def test_a_norm_that_is_nan_is_not_taken_for_a_small_one(isa, shape):
     g, m = drawn(0, [shape] * 2), [torch.zeros(shape) for _ in range(2)]
     g[0][3, 4] = math.nan
-    x = torch.empty(2, 20, 30)
+    x = torch.empty(2, 30, 20)
     muon_native.prepare(g, m, x, MOMENTUM, TINY)
     assert x[0].isnan().all() and not x[1].isnan().any()
 

@@ -16,7 +16,8 @@ from torch import Tensor
 NAMESPACE = (__package__ or "psann_kernels").replace(".", "_")
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 # Asked once, since torch.compile cannot trace the question.
-_CPU_HAS_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+_CPU_HAS_BF16_TILES = torch.cpu._is_amx_tile_supported()
+_CPU_HAS_BF16 = torch.cpu._is_avx512_bf16_supported() or _CPU_HAS_BF16_TILES
 
 
 def define(
@@ -65,6 +66,11 @@ def cast_dtype(t: Tensor) -> torch.dtype:
 def cpu_has_bf16() -> bool:
     """True if this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX); elsewhere bf16 is slower than float32."""
     return _CPU_HAS_BF16
+
+
+def cpu_has_bf16_tiles() -> bool:
+    """True if this CPU multiplies bfloat16 matrices as tiles (AMX), which torch's products use and our kernels do not."""
+    return _CPU_HAS_BF16_TILES
 
 
 def without_autocast(device: torch.device) -> ContextManager[None]:
