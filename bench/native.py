@@ -20,6 +20,7 @@ from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
+from psann_fast.train import muon, muon_native
 from psann_fast.train.heap import kept_heap
 from psann_kernels import damped_sine, linear, native, paged_attention, rms_norm, wave_conv
 from psann_kernels.linear import quantize
@@ -256,9 +257,25 @@ def linear_rows(bench: Bench) -> None:
             bench.add("linear, 64 weights", f"{count}x512 -> 2048", torch.int8, "forward", calls, moved=64 * MB, **row)
 
 
+def muon_rows(bench: Bench) -> None:
+    """A step's products of Muon, as many matrices as bench.learning's models have of a shape, and those of a larger model's MLPs."""
+    for dtype in (torch.float32, torch.bfloat16):
+        if not muon_native.multiplies(dtype):
+            continue
+        for n, rows, columns in ((20, 128, 128), (8, 448, 128), (16, 1792, 512)):
+            x = torch.randn(n, rows, columns)
+            x = (x / torch.linalg.matrix_norm(x, keepdim=True)).to(dtype)
+            calls: dict[str, Call] = {
+                "native": lambda: muon_native.rounds(x.clone(), muon.QUINTICS, muon.TINY), "torch": lambda: muon.rounds(x)
+            }  # fmt: skip
+            assert_close("muon", calls["native"](), muon.rounds(x.double()), 0.1 if dtype == torch.bfloat16 else 1e-4)
+            row: dict[str, Any] = {"elements": x.numel(), "moved": 2 * x.numel() * x.element_size(), "memory": None}
+            bench.add("muon, products", f"{n} of {rows}x{columns}", dtype, "step", calls, **row)
+
+
 SECTIONS = {
     "sine": sine_rows, "given": preallocated_rows, "step": step_rows, "eager": eager_rows, "attention": attention_rows,
-    "linear": linear_rows,
+    "linear": linear_rows, "muon": muon_rows,
 }  # fmt: skip
 
 
