@@ -258,7 +258,7 @@ def linear_rows(bench: Bench) -> None:
 
 
 def muon_rows(bench: Bench) -> None:
-    """A step's products of Muon, as many matrices as bench.learning's models have of a shape, and those of a larger model's MLPs."""
+    """A step's products of Muon: as many matrices as bench.learning's models have of a shape, and a larger model's MLPs."""
     for dtype in (torch.float32, torch.bfloat16):
         if not muon_native.multiplies(dtype):
             continue

@@ -154,6 +154,23 @@ def kernels_once(seed: int, shape: tuple[int, int], n: int, dtype: torch.dtype, 
         torch.testing.assert_close(q.double(), true, rtol=4 * EPS, atol=4 * EPS)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [16, 48, 300])
+def test_singular_values_come_near_1_whatever_they_were(isa, rows, dtype):
+    """A value beyond a quintic's interval would be thrown far out; rounding must not throw it there."""
+    generator = torch.Generator().manual_seed(3)
+    u, _, v = torch.linalg.svd(torch.randn(16, rows, 16, generator=generator), full_matrices=False)
+    for least in (-1.5, -6.0, -40.0):  # from many directions to few, where the bound is nearest to the largest value
+        x = (u * torch.logspace(0, least, 16)) @ v
+        x = (x / torch.linalg.matrix_norm(x, keepdim=True)).to(dtype)
+        even = muon_native.rounds(x.clone(), QUINTICS, TINY).float()
+        values = torch.linalg.svdvals(even)
+        assert values.max() < 1.3, values.max()
+        assert (u[..., :1].mT @ even @ v[..., :1, :].mT).min() > 0.7
+        if least == -1.5:
+            assert values.min() > 0.65, values.min()
+
+
 def test_bfloat16_is_multiplied_where_the_processor_does_and_has_no_tiles(isa, monkeypatch):
     for has_tiles in (False, True):
         monkeypatch.setattr(muon_native, "cpu_has_bf16_tiles", lambda: has_tiles)
