@@ -232,7 +232,8 @@ static void muons(Type type, int64_t n, int64_t rows, int64_t columns) {
     Buffer x(type, count * elements, 0, 0);
     muon_prepare({lists[0].data(), lists[1].data(), x.data, n, rows, columns, 0.95, 1e-7f, type, 2});
     x.print();
-    const double quintics[] = {7.8327, -21.4358, 15.1063, 3.6073, -2.6467, 0.5110};
+    // Tame ones, so that a rounding stays one; two, so that x is multiplied again after it was replaced.
+    const double quintics[] = {1.0, -0.125, 0.0625, 1.0, 0.125, -0.0625};
     muon_rounds({x.data, quintics, n, wide, narrow, 2, 1e-7f, type, 2});
     muon_apply({lists[2].data(), x.data, n, rows, columns, 0.9f, 0.5f, type, 2});
     x.print();
