@@ -35,8 +35,8 @@ class Muon(torch.optim.Optimizer):
     The step of torch.optim.Muon(adjust_lr_fn="match_rms_adamw") but for the way to orthogonal. That one works matrix by matrix and
     in bfloat16 everywhere: on a CPU without bfloat16 instructions that takes several times as long as the training step it serves.
     Plain contiguous float32 parameters on a CPU go through native kernels where these are built (and unless `found_inf` is set),
-    their products too where these are faster: in float32 with AVX2 or AVX-512, in bfloat16 with AVX512-BF16, and not with AMX, which
-    torch's products use. All else is torch's. Both give the same but for rounding.
+    their products too where these are faster: in float32 with AVX2 or AVX-512, in bfloat16 with AVX512-BF16 and not with AMX, which
+    torch uses. All else is torch's. Both give the same but for rounding.
     State: "momentum_buffer". Like torch's fused optimizers it takes no step where the attribute `found_inf`, a () tensor on the
     device, is 1.
 
