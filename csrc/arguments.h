@@ -155,11 +155,23 @@ inline SampleTokens sample_tokens(uintptr_t logits, uintptr_t temperature, uintp
             at<int64_t>(tokens), rows, vocabulary, stride, is_double, 0};
 }
 
-// One address for each matrix. The kernel reads the caller's own list.
+// One address for each tensor. The kernel reads the caller's own list.
 using Addresses = const std::vector<uintptr_t>&;
 
-inline TotalNorm total_norm(Addresses tensors, const std::vector<int64_t>& sizes, uintptr_t norm) {
+using Sizes = const std::vector<int64_t>&;
+
+inline TotalNorm total_norm(Addresses tensors, Sizes sizes, uintptr_t norm) {
     return {tensors.data(), sizes.data(), at<float>(norm), static_cast<int64_t>(tensors.size()), 0};
+}
+
+inline ScaleList scale_list(Addresses tensors, Sizes sizes, float factor) {
+    return {tensors.data(), sizes.data(), factor, static_cast<int64_t>(tensors.size()), 0};
+}
+
+inline AdamW adamw(Addresses parameters, Addresses gradients, Addresses firsts, Addresses seconds, Addresses steps, Sizes sizes,
+                   double lr, double beta1, double beta2, double eps, double weight_decay) {
+    return {parameters.data(), gradients.data(), firsts.data(), seconds.data(), steps.data(), sizes.data(), lr, beta1, beta2, eps,
+            weight_decay, static_cast<int64_t>(parameters.size()), 0};
 }
 
 inline MuonPrepare muon_prepare(Addresses gradients, Addresses momenta, uintptr_t x, int64_t rows, int64_t columns, double momentum,

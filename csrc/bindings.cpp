@@ -53,6 +53,8 @@ PYBIND11_MODULE(_native, m) {
     PSANN_BIND(packed_linear, PackedLinear)
     PSANN_BIND(sample_tokens, SampleTokens)
     PSANN_BIND(total_norm, TotalNorm)
+    PSANN_BIND(scale_list, ScaleList)
+    PSANN_BIND(adamw, AdamW)
     PSANN_BIND(muon_prepare, MuonPrepare)
     PSANN_BIND(muon_rounds, MuonRounds)
     PSANN_BIND(muon_apply, MuonApply)

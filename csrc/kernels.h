@@ -231,6 +231,25 @@ struct TotalNorm {
     int threads;
 };
 
+// All elements of such tensors *= factor.
+struct ScaleList {
+    const uintptr_t* tensors;
+    const int64_t* sizes;
+    float factor;
+    int64_t count;
+    int threads;
+};
+
+// Of each such parameter: steps += 1, firsts += (g - firsts) * (1 - beta1), seconds += (g^2 - seconds) * (1 - beta2) and
+// p = p * (1 - lr * weight_decay) - lr * first' / (sqrt(second') + eps), where first' = firsts / (1 - beta1^steps), second' alike.
+struct AdamW {
+    const uintptr_t *parameters, *gradients, *firsts, *seconds, *steps;  // a step is one float
+    const int64_t* sizes;
+    double lr, beta1, beta2, eps, weight_decay;
+    int64_t count;
+    int threads;
+};
+
 // n matrices (rows, columns) of floats, contiguous, each where its address says. m += (g - m) * (1 - momentum) in place, and
 // x (n, max(rows, columns), min(rows, columns)) contiguous: u = m + (g - m) * (1 - momentum), transposed where rows < columns, over
 // its Frobenius norm, or over `least` if that is more.
@@ -284,6 +303,8 @@ struct MuonApply {
     X(packed_linear, PackedLinear)              \
     X(sample_tokens, SampleTokens)              \
     X(total_norm, TotalNorm)                    \
+    X(scale_list, ScaleList)                    \
+    X(adamw, AdamW)                             \
     X(muon_prepare, MuonPrepare)                \
     X(muon_rounds, MuonRounds)                  \
     X(muon_apply, MuonApply)

@@ -1,43 +1,39 @@
-// The norm of many tensors together: what gradients are clipped by.
+// What clipping does to gradients: the norm of many tensors together, and a factor for all of them.
 //
 // Squares are added up in float in pieces of each tensor, which follow from its size alone, and those sums in double, in their
 // order.
 #include <math.h>
 
 #include "../kernels.h"
-#include "../memory.h"
-#include "../threads.h"
+#include "lists.h"
 #include "simd.h"
 
 namespace PSANN_NAMESPACE {
-namespace {
-
-constexpr int64_t PIECE = 1 << 13;  // elements
-constexpr int64_t GRAIN = 1 << 14;  // elements below which one thread is faster
-
-}  // namespace
 
 void total_norm(const TotalNorm& a) {
-    int64_t pieces = 0, elements = 0;
-    for (int64_t t = 0; t < a.count; t++) pieces += (a.sizes[t] + PIECE - 1) / PIECE, elements += a.sizes[t];
-    // Of each piece its tensor and its first element in that, int64_t's in two floats' place.
-    Workspace partial(pieces), places(4 * pieces);
-    int64_t *tensor = reinterpret_cast<int64_t*>(places.data), *first = tensor + pieces, piece = 0;
-    for (int64_t t = 0; t < a.count; t++)
-        for (int64_t begin = 0; begin < a.sizes[t]; begin += PIECE, piece++) tensor[piece] = t, first[piece] = begin;
-    parallel(elements < GRAIN ? 1 : a.threads, pieces, [&](int64_t i) {
-        int64_t begin = first[i], rest = a.sizes[tensor[i]] - begin;
-        const float* x = reinterpret_cast<const float*>(a.tensors[tensor[i]]) + begin;
+    Pieces pieces(a.sizes, a.count);
+    Workspace partial(pieces.count);
+    pieces.each(a.threads, [&](int64_t piece, int64_t tensor, int64_t first, int64_t elements) {
+        const float* x = reinterpret_cast<const float*>(a.tensors[tensor]) + first;
         float squares[1];
-        sum_row(rest < PIECE ? rest : PIECE, [&](int64_t c, int64_t count, Float (&out)[1]) INLINE_LAMBDA {
+        sum_row(elements, [&](int64_t c, int64_t count, Float (&out)[1]) INLINE_LAMBDA {
             Float v = take(x + c, count);
             out[0] = v * v;
         }, squares);
-        partial.data[i] = squares[0];
+        partial.data[piece] = squares[0];
     });
     double total = 0.0;
-    for (int64_t i = 0; i < pieces; i++) total += static_cast<double>(partial.data[i]);
+    for (int64_t i = 0; i < pieces.count; i++) total += static_cast<double>(partial.data[i]);
     *a.norm = static_cast<float>(sqrt(total));
+}
+
+void scale_list(const ScaleList& a) {
+    Pieces(a.sizes, a.count).each(a.threads, [&](int64_t, int64_t tensor, int64_t first, int64_t elements) {
+        float* x = reinterpret_cast<float*>(a.tensors[tensor]) + first;
+        each_vector(0, elements, [&](int64_t c, int64_t count) INLINE_LAMBDA {
+            give(x + c, take(x + c, count) * a.factor, count);
+        });
+    });
 }
 
 }  // namespace PSANN_NAMESPACE

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..config import TrainConfig
+from .adamw import AdamW
 from .muon import Muon
 
 _LOG = logging.getLogger("psann_fast")
@@ -30,7 +31,7 @@ def build_optimizers(module: nn.Module, config: TrainConfig) -> list[torch.optim
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+        AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2))
     ]
     if orthogonal:
         optimizers.append(Muon(orthogonal, lr=config.lr, weight_decay=config.weight_decay))

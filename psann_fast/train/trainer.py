@@ -11,13 +11,13 @@ from typing import Any, Callable, Mapping
 
 import numpy as np
 import torch
-from psann_kernels.native import addresses, launch, serves_lists
 from torch import Tensor, nn
 
 from ..config import TrainConfig, to_dict
 from ..cuda_graphs import CUDACapture
 from ..data.packing import IGNORED, Examples
 from . import feed, graphs, run_folder, snapshot
+from .clipping import clip
 from .distributed import Group, check_launch, processes
 from .feed import Plan, on_device
 from .graphs import StepGraphs
@@ -42,8 +42,6 @@ FREE_TO_CHANGE = (
 )  # fmt: skip
 # And these, which make it longer or shorter: the schedule follows them from there on.
 FREE_WITH_NOTICE = ("epochs", "max_steps")
-
-CLIP_MARGIN = 1e-6  # torch adds it to the norm that it divides by
 
 Row = dict[str, Any]
 
@@ -386,27 +384,6 @@ class _Training:
             _LOG.warning("the run has gone %d steps already, and is to have %d", resumed.step, self.plan.total_steps)
         else:
             _LOG.info("continuing after step %d of %d", resumed.step, self.plan.total_steps)
-
-
-def clip(parameters: list[nn.Parameter], most: float) -> Tensor:
-    """Scale the gradients so that the norm of all of them together is at most `most`; returns the norm () that they had.
-
-    As torch.nn.utils.clip_grad_norm_, which multiplies by 1 too: on a CPU the norm is looked at, and that pass left out.
-    """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = total_norm(gradients)
-    if norm.device.type != "cpu" or hasattr(norm, "full_tensor") or not norm + CLIP_MARGIN <= most or norm == math.inf:
-        nn.utils.clip_grads_with_norm_(parameters, most, norm)
-    return snapshot.whole(norm)
-
-
-def total_norm(gradients: list[Tensor]) -> Tensor:
-    """() the norm of all of them together; of plain float32 ones on a CPU by one native kernel, where there is one."""
-    if not serves_lists(gradients):
-        return nn.utils.get_total_norm(gradients)
-    norm = torch.empty((), dtype=torch.float32, device="cpu")
-    launch("total_norm", norm, addresses(gradients), [g.numel() for g in gradients], norm.data_ptr())
-    return norm
 
 
 def check_same_run(state: Mapping[str, Any], config: TrainConfig, examples: Examples) -> None:

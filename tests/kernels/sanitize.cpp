@@ -102,6 +102,25 @@ static void additions(Type type, Type branch_type, int64_t elements) {
     norm.print();
 }
 
+// What a step does to parameters beside products: clipped gradients, and AdamW.
+static void updates(int64_t elements) {
+    std::vector<int64_t> sizes = {elements, 1, elements};
+    std::vector<std::unique_ptr<Buffer>> buffers;
+    std::vector<uintptr_t> lists[5];  // parameters, gradients, moments, counts of steps
+    for (auto& list : lists) {
+        for (int64_t size : sizes) {
+            size_t count = &list == lists + 4 ? 1 : static_cast<size_t>(size);
+            buffers.push_back(std::make_unique<Buffer>(Type::FLOAT32, count, 0.25, 1));
+            list.push_back(reinterpret_cast<uintptr_t>(buffers.back()->data));
+        }
+        list.shrink_to_fit();
+    }
+    scale_list({lists[1].data(), sizes.data(), 0.5f, 3, 2});
+    adamw({lists[0].data(), lists[1].data(), lists[2].data(), lists[3].data(), lists[4].data(), sizes.data(), 0.1, 0.9, 0.99, 1e-8,
+        0.1, 3, 2});
+    for (const auto& buffer : buffers) buffer->print();
+}
+
 // Heads there and back, and a softmax over scores with all the rules of what a query sees.
 static void short_attention(Type type, Type narrow, int64_t heads, int64_t tokens, int64_t head_dim, bool interleaved,
                             int64_t window) {
@@ -241,6 +260,7 @@ static void muons(Type type, int64_t n, int64_t rows, int64_t columns) {
 }
 
 int main() {
+    for (int64_t elements : {1, 15, 33, 20000}) updates(elements);
     for (Type type : {Type::FLOAT32, Type::BFLOAT16})
         for (int64_t n : {1, 9})
             for (int64_t rows : {1, 7, 33, 300})

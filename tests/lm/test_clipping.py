@@ -1,13 +1,19 @@
 """The norm of all gradients together, natively and by torch."""
 
 import math
+import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from psann_fast.train import trainer
-from psann_fast.train.trainer import clip, total_norm
+from psann_fast.train import clipping
+from psann_fast.train.clipping import clip
 from psann_kernels import native
 from torch import nn
+
+sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+from guard_pages import SIZES, Guard  # noqa: E402
 
 SHAPES = ((), (1,), (0, 3), (7, 5), (130, 64), (3, 8192), (70000,), (1,))
 
@@ -17,11 +23,19 @@ def gradients(seed=0):
     return [torch.randn(shape, generator=g) * 10 ** (seed - 1) for shape in SHAPES]
 
 
+def total_norm(tensors, most=math.inf):
+    """What clip says of these gradients, which it leaves as they are unless the norm is above `most`."""
+    parameters = [nn.Parameter(torch.zeros_like(t)) for t in tensors]
+    for parameter, tensor in zip(parameters, tensors):
+        parameter.grad = tensor
+    return clip(parameters, most)
+
+
 @pytest.fixture(params=["native", "torch"])
 def way(request, monkeypatch):
     """Whether the kernel or torch adds up."""
     if request.param == "torch":
-        monkeypatch.setattr(trainer, "serves_lists", lambda *lists: False)
+        monkeypatch.setattr(clipping, "serves_lists", lambda *lists: False)
     elif native.NATIVE is None:
         pytest.skip(f"native: {native.WHY_NOT}")
     return request.param
@@ -68,8 +82,31 @@ def test_the_same_bits_for_any_number_of_threads():
 def test_clipping_scales_to_the_norm(way):
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
     for most in (0.5, 1e9):
-        for parameter, gradient in zip(parameters, gradients(1)):
-            parameter.grad = gradient
-        before = clip(parameters, most)
-        after = total_norm([parameter.grad for parameter in parameters])
-        torch.testing.assert_close(after, before.clamp_max(most), rtol=1e-5, atol=0)
+        given = gradients(1)
+        for parameter, gradient in zip(parameters, given):
+            parameter.grad = gradient.clone()
+        versions = [parameter.grad._version for parameter in parameters]
+        norm = clip(parameters, most)
+        factor = (most / (norm + 1e-6)).clamp(max=1.0)
+        for parameter, gradient, version in zip(parameters, given, versions):
+            torch.testing.assert_close(parameter.grad, gradient * factor, rtol=0, atol=0)
+            assert (parameter.grad._version > version) == (most < norm.item()), "autograd must see what was overwritten"
+
+
+@pytest.mark.skipif(native.NATIVE is None, reason=native.WHY_NOT)
+@pytest.mark.parametrize("isa", native.instruction_sets(native.NATIVE) if native.NATIVE is not None else [])
+def test_the_kernels_stay_inside_their_tensors(isa):
+    held = native.NATIVE.isa()
+    assert native.NATIVE.use_isa(isa)
+    try:
+        for seed in range(20):
+            choose = random.Random(seed)
+            with Guard(choose, is_far=False) as guard:
+                tensors = [guard.place(torch.randn(choose.choice(SIZES))) for _ in range(3)]
+                truth, before = math.sqrt(sum(t.double().square().sum().item() for t in tensors)), [t.clone() for t in tensors]
+                norm = total_norm(tensors, truth / 2)
+                assert abs(norm.item() - truth) <= 1e-6 * truth
+                for t, b in zip(tensors, before):
+                    torch.testing.assert_close(t, b / 2, rtol=1e-5, atol=0)
+    finally:
+        native.NATIVE.use_isa(held)
