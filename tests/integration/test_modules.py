@@ -344,3 +344,51 @@ def test_the_cache_gives_blocks_back_and_refuses_what_does_not_fit():
 def test_wrong_options(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bounds", [{}, {"frequency": (2.9, 3.2), "damping": (None, 0.01)}], ids=["free", "bounded"])
+def test_the_sines_parameters_and_their_gradients_are_softplus_to_the_bit(dtype, bounds):
+    torch.manual_seed(0)
+    learnable = ("amplitude", "frequency")
+    sine = DampedSine(50, frequency=3.0, frequency_std=0.5, damping_std=0.01, learnable=learnable, bounds=bounds).to(dtype)
+    sine._A.data[:4] = torch.tensor([-200.0, -30.0, 19.0, 21.0])  # softplus changes its formula at 20
+    wide = torch.promote_types(dtype, torch.float32)
+    values = [F.softplus(t.to(wide)) + floor for t, floor in ((sine._A, 0.0), (sine._f, 1e-6), (sine._d, 0.0))]
+    for place, name in enumerate(("amplitude", "frequency", "damping")):
+        if name in bounds:
+            values[place] = values[place].clamp(*bounds[name])
+    found = sine.parameters_of_sine()
+    weights = [torch.randn(50, dtype=wide) for _ in found]
+    leaves, first = (sine._A, sine._f), []
+    for ours in (values, found):
+        assert all(t.dtype == wide for t in ours) and not ours[2].requires_grad
+        loss = sum((t * w).sum() for t, w in zip(ours, weights))
+        gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+        # As no kernel has, the parameters have second derivatives.
+        first.append([*ours, *gradients, *torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*first))
+
+
+def test_the_sines_parameters_under_transforms():
+    sine = DampedSine(5, frequency=3.0)
+    held = dict(sine.named_parameters())
+
+    def amplitude(parameters):
+        return torch.func.functional_call(_ParametersOf(sine), {f"sine.{name}": t for name, t in parameters.items()}, ())[0]
+
+    found = torch.func.vmap(torch.func.grad(lambda parameters: amplitude(parameters).sum()))(
+        {name: torch.stack((t, t + 1)) for name, t in held.items()}
+    )
+    torch.testing.assert_close(found["_A"], torch.stack((held["_A"], held["_A"] + 1)).sigmoid())
+    _, tangent = torch.func.jvp(amplitude, (held,), ({name: torch.ones_like(t) for name, t in held.items()},))
+    torch.testing.assert_close(tangent, held["_A"].sigmoid())
+
+
+class _ParametersOf(nn.Module):
+    def __init__(self, sine: DampedSine) -> None:
+        super().__init__()
+        self.sine = sine
+
+    def forward(self):
+        return self.sine.parameters_of_sine()
