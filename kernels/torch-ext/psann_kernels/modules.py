@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from .damped_sine import MODES, damped_sine
 from .damped_sine_mlp import damped_sine_mlp
-from .direct import is_watched
 from .linear_cross_entropy import REDUCTIONS, linear_cross_entropy
 from .paged_attention import paged_append, paged_attention
 from .paged_cache import PagedStep
@@ -86,15 +85,9 @@ class DampedSine(nn.Module):
 
     def parameters_of_sine(self) -> tuple[Tensor, Tensor, Tensor]:
         """(amplitude, frequency, damping), each (F,), float32 (float64 in a float64 module)."""
-        raw = self._A, self._f, self._d
-        wide = torch.promote_types(raw[0].dtype, torch.float32)
-        if raw[0].dtype == wide and not is_watched(*raw):
-            amplitude, frequency, damping = _Positive.apply(*raw)
-        else:
-            amplitude, frequency, damping = _positive(*(t.to(wide) for t in raw))
-        if not self.bounds:
-            return amplitude, frequency, damping
-        values = {"amplitude": amplitude, "frequency": frequency, "damping": damping}
+        wide = torch.promote_types(self._A.dtype, torch.float32)
+        amplitude, frequency, damping = (F.softplus(t.to(wide)) for t in (self._A, self._f, self._d))
+        values = {"amplitude": amplitude, "frequency": frequency + FREQUENCY_FLOOR, "damping": damping}
         for name, (least, largest) in self.bounds.items():
             values[name] = values[name].clamp(least, largest)
         return values["amplitude"], values["frequency"], values["damping"]
@@ -110,31 +103,6 @@ class DampedSine(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.features}, mode={self.mode!r}, backend={self.backend!r}"
-
-
-def _positive(a: Tensor, f: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return F.softplus(a), F.softplus(f) + FREQUENCY_FLOOR, F.softplus(d)
-
-
-class _Positive(torch.autograd.Function):
-    """_positive as one node of the graph: a step of training goes through four of torch's, of some hundred numbers each, for every
-    sine."""
-
-    @staticmethod
-    def forward(ctx: Any, *raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(*raw)
-        values = _positive(*raw)
-        if not all(ctx.needs_input_grad):
-            ctx.mark_non_differentiable(*(t for t, learns in zip(values, ctx.needs_input_grad) if not learns))
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        # Torch's own, so the bits are those of _positive's gradient, and there are second derivatives.
-        return tuple(
-            torch.ops.aten.softplus_backward(dy, t, 1, 20) if learns else None
-            for dy, t, learns in zip(gradients, ctx.saved_tensors, ctx.needs_input_grad)
-        )
 
 
 class DampedSineMLP(nn.Module):
