@@ -131,7 +131,8 @@ def ninja_file(folder, compiler, target, source_hash):
     for name in ("threads", "memory", "checks"):
         compile_edge(CSRC / f"{name}.cpp", name, ["-O2"])
     compile_edge(CSRC / "dispatch.cpp", "dispatch", ["-O2", *has])
-    compile_edge(CSRC / "bindings.cpp", "bindings", ["-O2", *python])
+    for name in ("at_once", "bindings"):
+        compile_edge(CSRC / f"{name}.cpp", name, ["-O2", *python])
     (folder / "build.ninja").write_text(
         f"rule compile\n  command = {quote([*compiler, *flags])} $extra -MMD -MF $out.d -c $in -o $out\n"
         "  depfile = $out.d\n  deps = gcc\n"

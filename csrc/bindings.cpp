@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "arguments.h"
+#include "at_once.h"
 #include "checks.h"
 #include "threads.h"
 
@@ -32,6 +33,7 @@ PYBIND11_MODULE(_native, m) {
     m.attr("source_hash") = PSANN_SOURCE_HASH;
     m.attr("wave_conv_max_taps") = WAVE_CONV_MAX_TAPS;
     m.attr("packed_linear_panel") = PACKED_LINEAR_PANEL;
+    add_at_once(m);
     m.def("share_openmp", &share_openmp);
     m.def("threading", &threading);
     m.def("use_isa", &use_isa);

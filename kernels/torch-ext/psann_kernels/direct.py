@@ -7,6 +7,7 @@ trace, a mode, a transform, a profiler or a subclass of Tensor, takes the op.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, Callable
 
 import torch
@@ -16,6 +17,8 @@ from torch.autograd import _profiler_enabled, forward_ad
 
 TENSORS = (Tensor, torch.nn.Parameter)
 OTHERS = (bool, int, float, str, torch.dtype)
+# Each answers 0 or False where it replaces no call.
+REPLACERS = (_len_torch_dispatch_stack, _len_torch_function_stack, _are_functorch_transforms_active, _is_tracing)
 
 
 def shortcut(
@@ -86,9 +89,19 @@ def _is_watched() -> bool:
 
 
 def _is_replaced() -> bool:
-    return bool(
-        _len_torch_dispatch_stack() or _len_torch_function_stack() or _are_functorch_transforms_active() or _is_tracing()
-    )
+    for replaces in REPLACERS:
+        if replaces():
+            return True
+    return False
+
+
+def set_up_at_once(native: ModuleType, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Tell csrc/at_once.cpp what a call must look like for it, and how to see that nobody looks at it; dtypes in csrc's order."""
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is not None:  # else at_once answers every call by NotImplemented
+        native.at_once_setup(
+            capsule, TENSORS, (*REPLACERS, _profiler_enabled), forward_ad, torch.is_grad_enabled, torch.get_num_threads, dtypes
+        )
 
 
 def _has_tangent(argument: Any) -> bool:

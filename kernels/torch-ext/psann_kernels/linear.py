@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .registry import Op
 
@@ -28,6 +29,8 @@ def linear(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tens
     Raises ValueError for other shapes or dtypes; BackendError if `backend` was named and cannot serve.
     Source: weight-only quantization by output row, Dettmers et al. 2022, arXiv:2208.07339, without its outliers.
     """
+    if not is_dynamo_compiling() and (y := OP.at_once(backend, x, weight, scale, bias)) is not NotImplemented:
+        return y
     _check(x, weight, scale, bias)
     return OP.select(backend, x, weight, scale=scale, bias=bias)(x, weight, scale=scale, bias=bias)
 

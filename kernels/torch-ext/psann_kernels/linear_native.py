@@ -14,11 +14,10 @@ from torch import Tensor
 from .direct import shortcut
 from .library import define
 from .linear import OP
-from .native import TYPES, address, launch, refuses_device, refuses_dtype, rows_of
+from .native import NATIVE, TYPES, address, launch, refuses_device, refuses_dtype, rows_of
 
 WEIGHT_TYPES = {**TYPES, torch.int8: 3}
-# More rows reuse each weight enough for a matrix product that blocks for the caches to be faster.
-MAX_ROWS = 8
+MAX_ROWS = NATIVE.linear_max_rows
 
 
 def _forward(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -88,6 +87,6 @@ def refuses(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Ten
     return refuses_device(x)
 
 
-@OP.offer("native", refuses)
+@OP.offer("native", refuses, at_once=NATIVE.linear_at_once)
 def _serve(x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     return _call(x, weight, scale, bias)

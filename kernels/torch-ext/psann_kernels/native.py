@@ -23,7 +23,7 @@ from typing import Any, Callable, Sequence
 import torch
 from torch import Tensor
 
-from .direct import TENSORS
+from .direct import TENSORS, set_up_at_once
 from .native_build import checkout_sources, read_record, source_hash
 from .registry import Op
 
@@ -54,6 +54,7 @@ def load(folder: Path = FOLDER) -> tuple[ModuleType | None, str]:
 
 def _choose(native: ModuleType) -> str:
     native.share_openmp(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    set_up_at_once(native, tuple(TYPES))
     isa = os.environ.get("PSANN_FAST_NATIVE_ISA")
     if isa is not None and not native.use_isa(isa):
         raise ValueError(f"PSANN_FAST_NATIVE_ISA is {isa!r}; this build and processor have {', '.join(instruction_sets(native))}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .direct import shortcut
 from .library import define
-from .native import TYPES, address, launch, refuses_device, refuses_dtype
+from .native import NATIVE, TYPES, address, launch, refuses_device, refuses_dtype
 from .paged_attention import APPEND
 from .paged_attention_native import refuses_cache, tables, unit_heads
 
@@ -45,7 +45,7 @@ def refuses(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping
     return refuses_device(k) or refuses_dtype("k", k) or refuses_cache(k_cache, v_cache)
 
 
-@APPEND.offer("native", refuses)
+@APPEND.offer("native", refuses, at_once=NATIVE.paged_append_at_once)
 def _serve(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, *, positions: Tensor | None = None,
     cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = True, k_scale: None = None, v_scale: None = None,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .documents import are_values_known
 from .registry import Op
@@ -51,6 +52,10 @@ def paged_append(
     Source: PagedAttention, Kwon et al. 2023, arXiv:2309.06180; rotary positions, Su et al. 2021, arXiv:2104.09864; float8,
     Micikevicius et al. 2022, arXiv:2209.05433.
     """
+    if not is_dynamo_compiling():
+        rest = (positions, cos, sin, interleaved, k_scale, v_scale)
+        if APPEND.at_once(backend, k, v, k_cache, v_cache, slot_mapping, *rest) is None:
+            return
     options = {
         "positions": positions, "cos": cos, "sin": sin, "interleaved": interleaved, "k_scale": k_scale, "v_scale": v_scale,
     }  # fmt: skip
@@ -121,8 +126,12 @@ def paged_attention(
     Source: PagedAttention, Kwon et al. 2023, arXiv:2309.06180; online softmax accumulated in float32; float8, Micikevicius et
     al. 2022, arXiv:2209.05433.
     """
-    _check_attention(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, cos, sin, window, alibi_slopes, k_scale, v_scale)
     arguments = (q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q)
+    if not is_dynamo_compiling():
+        rest = (cos, sin, interleaved, softmax_scale, window, alibi_slopes, k_scale, v_scale)
+        if (o := ATTENTION.at_once(backend, *arguments, *rest)) is not NotImplemented:
+            return o
+    _check_attention(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, cos, sin, window, alibi_slopes, k_scale, v_scale)
     options = {
         "cos": cos, "sin": sin, "interleaved": interleaved, "softmax_scale": softmax_scale, "window": window,
         "alibi_slopes": alibi_slopes, "k_scale": k_scale, "v_scale": v_scale,

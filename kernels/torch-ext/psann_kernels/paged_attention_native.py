@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .direct import shortcut
 from .library import define
-from .native import CUDA, TYPES, address, launch, refuses_device, refuses_dtype
+from .native import CUDA, NATIVE, TYPES, address, launch, refuses_device, refuses_dtype
 from .paged_attention import ATTENTION, FLOAT8
 
 
@@ -88,7 +88,7 @@ def _refuses_cuda(q: Tensor, block_table: Tensor) -> str | None:
     return None
 
 
-@ATTENTION.offer("native", refuses)
+@ATTENTION.offer("native", refuses, at_once=NATIVE.paged_attention_at_once)
 def _serve(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor, *,
     cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = True, softmax_scale: float | None = None,

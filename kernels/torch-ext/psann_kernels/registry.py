@@ -37,6 +37,11 @@ def _always(*args: Any, **kwargs: Any) -> bool:
     return True
 
 
+def not_at_once(*arguments: Any) -> Any:
+    """What an op without an `at_once` answers to every call."""
+    return NotImplemented
+
+
 def _serves_everything(*args: Any, **kwargs: Any) -> None:
     return None
 
@@ -50,6 +55,9 @@ class Op:
         self.implementations: dict[str, Implementation] = {}
         self.unavailable: dict[str, str] = {}
         self.partial: set[str] = set()
+        # at_once(backend, *arguments): the output of a call whose backend is that of `offer` or "auto", or NotImplemented where the
+        # call must go the long way, through checks and `select`. It is not for a trace: ask is_dynamo_compiling() first.
+        self.at_once = self._at_once = not_at_once
         self._faults: dict[tuple[str, torch.device], str] = {}
         OPS[name] = self
 
@@ -59,12 +67,20 @@ class Op:
         return function
 
     def offer(
-        self, backend: str, refuses: Callable[..., str | None], is_partial: bool = False
+        self,
+        backend: str,
+        refuses: Callable[..., str | None],
+        is_partial: bool = False,
+        at_once: Callable[..., Any] = not_at_once,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register a faster implementation. `refuses(*args, **kwargs)` returns None or a sentence saying why not. is_partial: it is
-        made for some kinds of calls, and a model that names the backend has the others served as under "auto"."""
+        made for some kinds of calls, and a model that names the backend has the others served as under "auto". at_once: serves,
+        of the calls that this backend does not refuse, some on a CPU; `Op.at_once` says how it is called."""
         if is_partial:
             self.partial.add(backend)
+        if at_once is not not_at_once:
+            assert AUTO_ORDER["cpu"][0] == backend, f"{self.name}: {backend} is not what auto takes first on a CPU"
+            self.at_once = self._at_once = at_once
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             self.implementations[backend] = Implementation(function, refuses)
@@ -83,6 +99,8 @@ class Op:
             self._faults.pop((backend, device), None)
         else:
             self._faults[backend, device] = reason
+        # Whether a call is a suspect is found out on the long way.
+        self.at_once = not_at_once if self._faults else self._at_once
 
     def is_faulty(self, backend: str, device: torch.device) -> bool:
         """Whether `blame` has taken `backend` away on `device`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .registry import Op
 
@@ -38,6 +39,8 @@ def rms_norm(
     Raises ValueError for other shapes or dtypes; BackendError if `backend` was named and cannot serve.
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
+    if not is_dynamo_compiling() and (y := OP.at_once(backend, x, weight, residual, eps, dtype)) is not NotImplemented:
+        return y
     dtype = x.dtype if dtype is None else dtype
     _check(x, weight, residual, eps, dtype)
     options = {"residual": residual, "eps": eps, "dtype": dtype}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .direct import shortcut
 from .library import define
-from .native import TYPES, address, launch, refuses_device, refuses_dtype, rows_of
+from .native import NATIVE, TYPES, address, launch, refuses_device, refuses_dtype, rows_of
 from .rms_norm import OP
 
 
@@ -125,7 +125,7 @@ def refuses(
     return refuses_device(x) or refuses_dtype("x", x)
 
 
-@OP.offer("native", refuses)
+@OP.offer("native", refuses, at_once=NATIVE.rms_norm_at_once)
 def _serve(
     x: Tensor, weight: Tensor, *, residual: Tensor | None = None, eps: float = 1e-6, dtype: torch.dtype | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .registry import Op
 
@@ -22,6 +23,8 @@ def scaled_add(x: Tensor, branch: Tensor, alpha: Tensor, *, backend: str = "auto
     Raises ValueError for other shapes or dtypes; BackendError if `backend` was named and cannot serve.
     Source: weights of residual branches, Bachlechner et al. 2020, arXiv:2003.04887.
     """
+    if not is_dynamo_compiling() and (h := OP.at_once(backend, x, branch, alpha)) is not NotImplemented:
+        return h
     _check(x, branch, alpha)
     return OP.select(backend, x, branch, alpha)(x, branch, alpha)
 

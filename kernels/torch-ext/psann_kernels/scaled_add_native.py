@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .direct import shortcut
 from .library import define
-from .native import TYPES, launch, refuses_dtype
+from .native import NATIVE, TYPES, launch, refuses_dtype
 from .scaled_add import OP
 
 
@@ -68,4 +68,4 @@ def refuses(x: Tensor, branch: Tensor, alpha: Tensor) -> str | None:
     return refuses_dtype("x", x)
 
 
-OP.offer("native", refuses, is_partial=True)(_call)
+OP.offer("native", refuses, is_partial=True, at_once=NATIVE.scaled_add_at_once)(_call)
