@@ -76,6 +76,7 @@ inline WaveConvBackward wave_conv_backward(const WaveConvNumbers& conv, uintptr_
             at<float>(dfrequency), at<float>(ddamping), dy_stride, 0};
 }
 
+// (batch, tokens, heads) of one side, or (blocks, slots, heads) of a cache.
 using Strides = std::array<int64_t, 3>;
 
 inline Cache cache(uintptr_t data, const Strides& strides) { return {at<void>(data), strides[0], strides[1], strides[2]}; }
@@ -102,7 +103,6 @@ inline PagedAttention paged_attention(uintptr_t q, uintptr_t k_cache, Strides k_
             static_cast<Type>(type), 0, num_blocks, max_blocks, max_position};
 }
 
-// (batch, tokens, heads) of one side.
 inline TurnHeads turn_heads(uintptr_t in, const Strides& in_strides, uintptr_t out, const Strides& out_strides, uintptr_t narrow,
                             uintptr_t first, int64_t first_stride, uintptr_t cos, uintptr_t sin, bool interleaved,
                             const std::array<int64_t, 4>& shape, int64_t offset, float factor, int direction, int in_type,

@@ -37,17 +37,18 @@ template <class T> static void turn(const CrossEntropy& a) {
             });
             float largest = maximum_of_every<1>(highest)[0], together[2] = {};
             sum_row(a.classes, [&](int64_t c, int64_t count, Float (&out)[2]) INLINE_LAMBDA {
-                out[1] = take(x + c, count);
+                // Of numbers below the largest, so that a large one common to all takes no digits from the rest.
+                Float distance = take(x + c, count) - largest;
+                out[1] = first_of(distance, Float{}, count);
                 // NaN, and what infinity less infinity is, stay NaN, and so does their sum.
-                Float below[1] = {first_of(out[1] - largest, all(-INFINITY), count) * LOG2_E}, part[1];
+                Float below[1] = {first_of(distance, all(-INFINITY), count) * LOG2_E}, part[1];
                 exp2_at_most_one(below, part);
                 out[0] = part[0];
                 give(e + c, out[0], count);
             }, together);
             float total = together[0];
             float log_sum = logf(total), lse = largest + log_sum;
-            // Of numbers below the largest, so that a large one common to all takes no digits from the rest.
-            float below_target = x[target] - largest, below_mean = together[1] / static_cast<float>(a.classes) - largest;
+            float below_target = x[target] - largest, below_mean = together[1] / static_cast<float>(a.classes);
             float loss = log_sum - (1.0f - a.label_smoothing) * below_target;
             if (a.label_smoothing > 0.0f) loss -= a.label_smoothing * below_mean;
             a.losses[row] = loss + a.z_loss * lse * lse;

@@ -146,6 +146,26 @@ def rms_norm(random: Random, guard: Guard, backend: str) -> None:
         differentiate(random, guard, lambda x, w, r=None: psann_kernels.rms_norm(x, w, residual=r, backend=backend), *leaves)
 
 
+def rms_norm_mixed(random: Random, guard: Guard, backend: str) -> None:
+    """A float32 x whose residual or whose y is a half. A case of its own, because the CUDA kernels take one dtype."""
+    features, rows = random.choice((*SIZES, 1025)), random.choice(SIZES)
+    x, weight = tensor(random, guard, rows, features), tensor(random, guard, features)
+    residual = [tensor(random, guard, rows, features, dtype=random.choice(DTYPES))] if random.random() < 0.5 else []
+    options = {"dtype": random.choice(DTYPES), "backend": backend}
+    with constants(random, backend, "rms_norm_triton", MAX_TILE=2, WIDE_TILE=128, MAX_ROW_PROGRAMS=2):
+        differentiate(
+            random, guard, lambda x, w, r=None: psann_kernels.rms_norm(x, w, residual=r, **options), x, weight, *residual
+        )
+
+
+def scaled_add(random: Random, guard: Guard, backend: str) -> None:
+    dtype, shape = random.choice(DTYPES), [*random.choices(SIZES, k=random.randint(0, 1)), random.choice(SIZES)]
+    branch_dtype = random.choice(DTYPES) if dtype == torch.float32 else dtype
+    x, branch = (tensor(random, guard, *shape, dtype=each) for each in (dtype, branch_dtype))
+    alpha = tensor(random, guard, 1, dtype=random.choice((dtype, torch.float32)))
+    differentiate(random, guard, lambda *t: psann_kernels.scaled_add(*t, backend=backend), x, branch, alpha)
+
+
 def documents(random: Random, guard: Guard, total: int) -> Tensor:
     """cu_seqlens of up to four documents, some of them empty, in `total` tokens."""
     cuts = sorted(random.randint(0, total) for _ in range(random.randint(0, 3)))
@@ -307,8 +327,11 @@ def damped_sine_mlp(random: Random, guard: Guard, backend: str) -> None:
 
 CASES: dict[str, Case] = {
     case.__name__: case
-    for case in (damped_sine, rms_norm, wave_conv, rope_attention, paged_attention, linear_cross_entropy, damped_sine_mlp)
-}
+    for case in (
+        damped_sine, rms_norm, rms_norm_mixed, scaled_add, wave_conv, rope_attention, paged_attention, linear_cross_entropy,
+        damped_sine_mlp,
+    )
+}  # fmt: skip
 FAULTS: dict[str, Case] = {case.__name__: case for case in (reads_too_far, multiplies_in_32_bits)}
 
 

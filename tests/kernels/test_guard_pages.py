@@ -62,7 +62,8 @@ def guarded(request):
     process.close()
 
 
-def require(op, backend):
+def require(case, backend):
+    op = case.removesuffix("_mixed")
     missing = psann_kernels.OPS[op].unavailable.get(backend)
     if missing or not psann_kernels.OPS[op].has(backend):
         pytest.skip(f"{backend}: {missing or f'{backend} does not implement {op}'}")

@@ -356,3 +356,13 @@ def fill(budgets, seed, values, backend):
             name, Budget(f"{backend} {dtype} {shape} {options} {name}", FORWARD if name == "loss" else GRADIENT)
         )
         budget.add(f.to(w.dtype), w, t)
+
+
+def test_the_native_loss_keeps_its_digits_beside_a_large_logit_common_to_all():
+    serving("native")
+    # 8192 and multiples of 2 ** -10 add up to float32 exactly, so the whole of the error is the loss's own.
+    small = torch.randint(-2048, 2048, (4099,), generator=torch.Generator().manual_seed(0)) / 1024
+    weight, x, target = torch.stack((torch.full((4099,), 8192.0), small), 1), torch.ones(1, 2), torch.tensor([7])
+    loss = linear_cross_entropy(x, weight, target, label_smoothing=0.9, backend="native")
+    expected = F.cross_entropy(small.double()[None], target, label_smoothing=0.9)
+    assert abs(loss.item() - expected.item()) <= 4e-6 * expected.item()

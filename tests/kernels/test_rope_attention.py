@@ -621,7 +621,8 @@ def test_native_gives_the_same_bits_for_any_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:
-        assert torch.equal(found[0][0], other[0])
+        for first, again in zip(found[0], other, strict=True):
+            assert torch.equal(first, again)
 
 
 def test_rotation_depends_on_the_distance_alone():

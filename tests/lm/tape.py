@@ -78,7 +78,7 @@ def is_view(func: Any) -> bool:
 
 
 def serve_meta(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device "meta", which has shapes and no numbers, takes the place of a GPU: the Triton kernels serve it."""
+    """The device "meta", which has shapes and no numbers, stands for a GPU: Triton kernels serve it, and torch the ops without."""
     pytest.importorskip("triton")
     monkeypatch.setitem(AUTO_ORDER, "meta", ("triton", "torch"))
     monkeypatch.setattr(Op, "_reason", lambda self, backend, args, kwargs: None)
