@@ -31,7 +31,7 @@ struct Framework {
     PyObject* forward_ad;
     PyObject *is_grad_enabled, *thread_count;
     PyObject* dtypes;  // in the order of Type
-    PyObject *new_empty, *dtype_names, *requires_grad, *current_level;
+    PyObject *new_empty, *dtype_names, *requires_grad, *is_neg, *current_level;
 };
 Framework* framework = nullptr;
 
@@ -93,8 +93,7 @@ struct View {
     bool is_floating() const { return type() >= 0 && type() != static_cast<int>(Type::INT8); }
     bool is_integer(int bits) const { return t.lanes == 1 && t.code == dlpack::INT && t.bits == bits; }
 
-    // No gaps, and unit stride at the end however long that is: so no view that negates what lies there, which is that of a
-    // complex number's half, gets through.
+    // No gaps, and unit stride at the end however long that is.
     bool is_packed() const {
         int64_t expected = 1;
         for (int i = t.dimensions - 1; i >= 0; i--) {
@@ -149,6 +148,8 @@ public:
         for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(framework->types); i++)
             is_plain = is_plain || type == PyTuple_GET_ITEM(framework->types, i);
         require(is_plain);
+        // The memory of a view that negates holds the opposite.
+        require(Owned(PyObject_VectorcallMethod(framework->is_neg, &v.object, 1, nullptr)).object == Py_False);
         if (!needs_no_gradient_) require(Owned(PyObject_GetAttr(v.object, framework->requires_grad)).object == Py_False);
         if (framework->api->describe(v.object, &v.t) != 0) {
             // A tensor that DLPack cannot describe is no plain memory; what the op makes of it, it says itself.
@@ -412,7 +413,7 @@ bool setup(py::object capsule, py::tuple types, py::tuple watchers, py::object f
     // A second copy of the package sets it up alike; what the first one gave may still be in use.
     framework = new Framework{api, held(types), held(watchers), held(forward_ad), held(is_grad_enabled), held(thread_count),
                               held(dtypes), name("new_empty"), held(py::make_tuple("dtype")), name("requires_grad"),
-                              name("_current_level")};
+                              name("is_neg"), name("_current_level")};
     return true;
 }
 

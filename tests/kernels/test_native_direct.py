@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from psann_kernels import damped_sine, direct, linear, native, rms_norm
+from psann_kernels import (
+    damped_sine, direct, linear, native, rms_norm, rope_attention, scaled_add, wave_conv,
+)  # fmt: skip
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,6 +45,23 @@ def test_the_op_gives_the_same_bits(monkeypatch):
     monkeypatch.setattr(direct, "_is_watched", lambda: True)
     for a, b in zip(directly, run()):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_a_view_that_negates_is_read_as_what_it_says(needs_gradient):
+    """Its memory holds the opposite, and it lies like any other tensor."""
+    z, a, f, d = arguments()
+    z, view = z.neg(), torch._neg_view(z)
+    assert view.is_neg() and view.is_contiguous() and torch.equal(z, view)
+    weight = a[:1].clone()
+    for call in (
+        lambda x: damped_sine(x, a, f, d, backend="native"), lambda x: rms_norm(x, a, backend="native"),
+        lambda x: rms_norm(z, a, residual=x, backend="native")[0], lambda x: linear(x, z, backend="native"),
+        lambda x: linear(z, x, backend="native"), lambda x: scaled_add(z, x, weight, backend="native"),
+        lambda x: wave_conv(x[None], a[:, None], a, f, d, backend="native"),
+        lambda x: rope_attention(x.view(1, 5, 3, 11), *[z.view(1, 5, 3, 11)] * 2),
+    ):  # fmt: skip
+        torch.testing.assert_close(call(z), call(view.detach().requires_grad_(needs_gradient)))
 
 
 def test_a_mode_sees_the_op():

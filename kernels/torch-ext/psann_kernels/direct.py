@@ -64,6 +64,8 @@ def shortcut(
             if argument is None:
                 continue
             if type(argument) in TENSORS:
+                if argument.is_neg():  # the dispatcher writes such a view out; its memory holds the opposite
+                    return op(*arguments)
                 needs_gradient = needs_gradient or argument.requires_grad
             elif type(argument) not in OTHERS:
                 return op(*arguments)
@@ -75,12 +77,13 @@ def shortcut(
 
 
 def is_watched(*tensors: Tensor | None) -> bool:
-    """True where something besides autograd would see or replace a call of these; a profiler, which changes nothing, aside."""
+    """True where something besides autograd would see or replace a call of these, or memory holds the opposite of one; a profiler,
+    which changes nothing, aside."""
     return (
         torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
         or _is_replaced()
-        or not all(t is None or type(t) in TENSORS for t in tensors)
+        or not all(t is None or (type(t) in TENSORS and not t.is_neg()) for t in tensors)
     )
 
 
