@@ -14,4 +14,4 @@ import torch  # noqa: E402 (reads the variable)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-pytest_plugins = ["campaign", "quick_interpreter", "skips"]
+pytest_plugins = ["campaign", "native_kernels", "quick_interpreter", "skips"]

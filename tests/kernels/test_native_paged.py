@@ -46,14 +46,6 @@ def test_a_later_tokens_nan_reaches_no_earlier_row(tokens):
 INFINITY = float("inf")
 
 
-@pytest.fixture(params=native.instruction_sets(native.NATIVE) if native.NATIVE is not None else [])
-def isa(request):
-    before = native.NATIVE.isa()
-    assert native.NATIVE.use_isa(request.param)
-    yield
-    native.NATIVE.use_isa(before)
-
-
 # 300 keys are three splits of eight tiles or fewer; 18 new tokens are taken without splits.
 @pytest.mark.parametrize("keys", [slice(0, 16), slice(0, 128), slice(130, 131), slice(282, 300), slice(0, 300)], ids=str)
 @pytest.mark.parametrize("length, new", [(300, 1), (300, 18)])

@@ -21,29 +21,13 @@ from guard_pages import SIZES, Guard  # noqa: E402
 SHAPES = ((), (1,), (0, 3), (7, 5), (33,), (130, 64), (3, 8192), (20000,), (1,))
 RATE, BETAS, DECAY = 0.02, (0.9, 0.99), 0.3
 EPS = torch.finfo(torch.float32).eps
-ISAS = native.instruction_sets(native.NATIVE) if native.NATIVE is not None else []
 needs_kernels = pytest.mark.skipif(native.NATIVE is None, reason=native.WHY_NOT)
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    held = native.NATIVE.isa()
-    assert native.NATIVE.use_isa(request.param)
-    yield request.param
-    native.NATIVE.use_isa(held)
-
-
 @pytest.fixture
-def launches(monkeypatch) -> list[str]:
+def launches(launches_of) -> list[str]:
     """The kernels that have run."""
-    names: list[str] = []
-
-    def recorded(name: str, *numbers: object) -> None:
-        names.append(name)
-        native.launch(name, *numbers)
-
-    monkeypatch.setattr(adamw, "launch", recorded)
-    return names
+    return launches_of(adamw)
 
 
 def drawn(seed: int, scale: float = 1.0) -> list[Tensor]:

@@ -27,29 +27,13 @@ LR, DECAY = 0.05, 0.4
 # What the quintics make of a rounding: their slopes at 0 are their steepest.
 STEEPEST = math.prod(a for a, _, _ in QUINTICS)
 EPS = torch.finfo(torch.float32).eps
-ISAS = native.instruction_sets(native.NATIVE) if native.NATIVE is not None else []
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    held = native.NATIVE.isa()
-    assert native.NATIVE.use_isa(request.param)
-    yield request.param
-    native.NATIVE.use_isa(held)
-
-
 @pytest.fixture
-def launches(monkeypatch) -> list[str]:
+def launches(launches_of) -> list[str]:
     """The kernels that have run."""
-    names: list[str] = []
-
-    def recorded(name: str, *numbers: object) -> None:
-        names.append(name)
-        native.launch(name, *numbers)
-
-    monkeypatch.setattr(muon_native, "launch", recorded)
-    return names
+    return launches_of(muon_native)
 
 
 def narrow(monkeypatch, dtype: torch.dtype) -> None:
