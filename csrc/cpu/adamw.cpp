@@ -6,21 +6,6 @@
 #include "simd.h"
 
 namespace PSANN_NAMESPACE {
-namespace {
-
-INLINE Float root(Float x) {
-#if defined(PSANN_AVX512)
-    return (Float)_mm512_sqrt_ps((__m512)x);
-#elif defined(PSANN_AVX2)
-    return (Float)_mm256_sqrt_ps((__m256)x);
-#else
-    for (int i = 0; i < WIDTH; i++) x[i] = __builtin_sqrtf(x[i]);
-    return x;
-#endif
-}
-
-}  // namespace
-
 void adamw(const AdamW& a) {
     for (int64_t t = 0; t < a.count; t++) *reinterpret_cast<float*>(a.steps[t]) += 1.0f;
     float keep = static_cast<float>(1.0 - a.lr * a.weight_decay), eps = static_cast<float>(a.eps);

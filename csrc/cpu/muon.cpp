@@ -3,11 +3,10 @@
 // The update is not kept between the pass that adds up its norm and the one that writes it: it follows from gradient and momentum,
 // which are in the caches where the matrices are small, and costs less than memory for it where they are large. Sums of squares are
 // those of pieces that follow from the shape alone, added up in their order.
-#include <math.h>
-
 #include "../kernels.h"
 #include "../memory.h"
 #include "../threads.h"
+#include "norm.h"
 #include "simd.h"
 
 namespace PSANN_NAMESPACE {
@@ -39,14 +38,6 @@ template <class Value> INLINE float sum_of_squares(int64_t begin, int64_t end, c
         out[0] = x * x;
     }, squares);
     return squares[0];
-}
-
-// The root of a sum of partial sums, at least `least`; NaN stays NaN.
-static double norm(const float* partial, int64_t count, float least) {
-    double total = 0.0;
-    for (int64_t i = 0; i < count; i++) total += static_cast<double>(partial[i]);
-    double root = sqrt(total);
-    return root < static_cast<double>(least) ? static_cast<double>(least) : root;
 }
 
 template <int ROWS, int COLUMNS> INLINE void turn(const float (&from)[ROWS][COLUMNS], float (&to)[COLUMNS][ROWS]) {

@@ -7,11 +7,10 @@
 // serve as either operand as they are. What a product gives is rounded to T once, as a stored matrix would be.
 //
 // With many matrices each is one thread's from end to end and stays in its core's cache; with few the threads share each step.
-#include <math.h>
-
 #include "../kernels.h"
 #include "../memory.h"
 #include "../threads.h"
+#include "norm.h"
 #include "simd.h"
 
 namespace PSANN_NAMESPACE {
@@ -190,13 +189,8 @@ template <class T> struct Matrix {
         if (is_first) scratch[layout.squares + piece] = sum(squares[0] + squares[1]);
     }
 
-    // The norm by which the first round divides the gram: no singular value is above it.
-    double bound() const {
-        double total = 0.0;
-        for (int64_t i = 0; i < layout.panels(); i++) total += static_cast<double>(scratch[layout.squares + i]);
-        double root = sqrt(total);
-        return root < static_cast<double>(a.least) ? static_cast<double>(a.least) : root;
-    }
+    // The norm by which the first round divides the gram: no singular value of x is above its root.
+    double bound() const { return norm(scratch + layout.squares, layout.panels(), a.least); }
 
     // b * gram + c * gram^2.
     void polynomial(int64_t piece, int64_t round) const {

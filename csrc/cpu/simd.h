@@ -135,6 +135,17 @@ INLINE Float abs(Float x) { return (Float)((Int)x & 0x7fffffff); }
 INLINE Float min(Float a, Float b) { return a < b ? a : b; }
 INLINE Float max(Float a, Float b) { return a > b ? a : b; }
 
+INLINE Float root(Float x) {
+#if defined(PSANN_AVX512)
+    return (Float)_mm512_sqrt_ps((__m512)x);
+#elif defined(PSANN_AVX2)
+    return (Float)_mm256_sqrt_ps((__m256)x);
+#else
+    for (int i = 0; i < WIDTH; i++) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+#endif
+}
+
 // True if every lane of a comparison holds.
 INLINE bool every(Int holds) {
 #if defined(PSANN_AVX512)

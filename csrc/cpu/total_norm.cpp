@@ -2,10 +2,9 @@
 //
 // Squares are added up in float in pieces of each tensor, which follow from its size alone, and those sums in double, in their
 // order.
-#include <math.h>
-
 #include "../kernels.h"
 #include "lists.h"
+#include "norm.h"
 #include "simd.h"
 
 namespace PSANN_NAMESPACE {
@@ -22,9 +21,7 @@ void total_norm(const TotalNorm& a) {
         }, squares);
         partial.data[piece] = squares[0];
     });
-    double total = 0.0;
-    for (int64_t i = 0; i < pieces.count; i++) total += static_cast<double>(partial.data[i]);
-    *a.norm = static_cast<float>(sqrt(total));
+    *a.norm = static_cast<float>(norm(partial.data, pieces.count, 0.0f));
 }
 
 void scale_list(const ScaleList& a) {

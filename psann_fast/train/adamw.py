@@ -34,7 +34,9 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move every parameter that has a gradient."""
         is_flagged = any(getattr(self, name, None) is not None for name in ("found_inf", "grad_scale"))
-        moves = None if closure is not None or is_flagged else [self._lists(group) for group in self.param_groups]
+        # Another optimizer's state may bring them.
+        is_other = any(group["amsgrad"] or group["maximize"] for group in self.param_groups)
+        moves = None if closure is not None or is_flagged or is_other else [self._lists(group) for group in self.param_groups]
         if moves is None or not self._serves(moves):
             return super().step(closure)
         for group, lists in zip(self.param_groups, moves):

@@ -4,8 +4,8 @@ A small model's step is hundreds of small calls of torch, which take a third of 
 before the products, because the second pass needs the norm that the first adds up, and parameters once after them. A matrix that is
 wider than high is turned on the way, so that every product has its operands in order.
 
-The products are fewer by a third than torch's, which multiply both halves of what is symmetric, and each matrix stays in the caches
-from its first to its last.
+Torch's products multiply both halves of what is symmetric: of a square matrix's step these leave out a third, of one four times as
+high as wide more than a quarter; and each matrix stays in the caches from its first product to its last.
 """
 
 from __future__ import annotations

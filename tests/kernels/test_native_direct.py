@@ -3,7 +3,7 @@
 import pytest
 import torch
 from psann_kernels import (
-    damped_sine, direct, linear, native, rms_norm, rope_attention, scaled_add, wave_conv,
+    damped_sine, direct, linear, native, paged_append, paged_attention, rms_norm, rope_attention, scaled_add, wave_conv,
 )  # fmt: skip
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -62,6 +62,24 @@ def test_a_view_that_negates_is_read_as_what_it_says(needs_gradient):
         lambda x: rope_attention(x.view(1, 5, 3, 11), *[z.view(1, 5, 3, 11)] * 2),
     ):  # fmt: skip
         torch.testing.assert_close(call(z), call(view.detach().requires_grad_(needs_gradient)))
+
+
+@pytest.mark.parametrize("which", ["q", "k_cache", "k"])
+def test_a_view_that_negates_is_read_so_by_decoding_too(which):
+    def decoded(change):
+        g = torch.Generator().manual_seed(0)
+        shapes = {"q": (1, 2, 8), "k": (1, 2, 8), "k_cache": (3, 4, 2, 8)}
+        t = {name: torch.randn(*shape, generator=g) for name, shape in shapes.items()}
+        t[which] = change(t[which])
+        table, length, bounds = (torch.tensor(x, dtype=torch.int32) for x in ([[1, 2]], [7], [0, 1]))
+        if which == "k":
+            caches = torch.zeros(3, 4, 2, 8), torch.zeros(3, 4, 2, 8)
+            paged_append(t["k"], t["k"], *caches, torch.tensor([5]), backend="native")
+            return caches
+        return paged_attention(t["q"], t["k_cache"], torch.ones(3, 4, 2, 8).cumsum(0), table, length, bounds, backend="native")
+
+    with torch.no_grad():
+        torch.testing.assert_close(decoded(torch.neg), decoded(torch._neg_view))
 
 
 def test_a_mode_sees_the_op():

@@ -157,15 +157,20 @@ def turned(t: Tensor) -> Tensor:
     return t.t().contiguous().t()
 
 
-@pytest.mark.parametrize("other", [turned, Tensor.double, None], ids=["other strides", "another dtype", "a flag"])
+OTHERS = {"other strides": turned, "another dtype": Tensor.double}
+
+
+@pytest.mark.parametrize("other", [*OTHERS, "a flag", "maximize"])
 def test_what_the_kernel_does_not_serve_is_torchs(launches, other):
     found = []
     for make in (ours, torchs):
-        tensors = [t if other is None or t.dim() != 2 else other(t) for t in drawn(3)]
-        parameters = [nn.Parameter(t) for t in tensors]
+        change = OTHERS.get(other, lambda t: t)
+        parameters = [nn.Parameter(change(t) if t.dim() == 2 else t) for t in drawn(3)]
         optimizer = make(parameters)
-        if other is None:
+        if other == "a flag":
             optimizer.found_inf = torch.zeros(())
+        for group in optimizer.param_groups:
+            group["maximize"] = other == "maximize"
         for step in range(2):
             for p, g in zip(parameters, drawn(step)):
                 p.grad = torch.empty_like(p).copy_(g)
